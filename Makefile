@@ -1,0 +1,33 @@
+# make demo    trains a LoRA on a tiny model and shows what comes out
+# make test    ruff and the test suite
+# make clean   removes the virtual environment and the demo's files
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := .demo
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test clean
+.DEFAULT_GOAL := test
+
+# uv installs the 6 GB of requirements several times faster than pip, and shares them between environments.
+$(VENV)/.installed: requirements.txt requirements-dev.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements-dev.txt
+	touch $@
+
+test: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+demo: $(VENV)/.installed
+	rm -rf $(DEMO)
+	$(BIN)/python tests/tiny.py $(DEMO)
+	DEMO=$(DEMO) PATH="$(CURDIR)/$(BIN):$$PATH" bash tools/demo.sh
+	$(BIN)/python tools/show_run.py $(DEMO)/output
+
+clean:
+	rm -rf $(VENV) $(DEMO)
