@@ -55,8 +55,8 @@ def make_vae(seed: int = 0) -> AutoencoderKLCogVideoX:
         latent_channels=4,
         layers_per_block=1,
         norm_num_groups=2,
-        sample_height=64,
-        sample_width=96,
+        sample_height=96,  # tiles of 48 x 80 pixels: sizes that --enable_tiling puts together without a seam
+        sample_width=160,
         scaling_factor=0.7,
     )
 

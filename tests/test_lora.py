@@ -1,0 +1,76 @@
+"""The LoRA file alone gives at inference what was trained: strength alpha / rank, once."""
+
+import json
+
+import torch
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+
+def transformer_inputs(config) -> dict:
+    generator = torch.Generator().manual_seed(5)
+    return {
+        "hidden_states": torch.randn(1, 3, config.in_channels, 8, 12, generator=generator),
+        "encoder_hidden_states": torch.randn(1, 226, 32, generator=generator),
+        "timestep": torch.tensor([400]),
+        "return_dict": False,
+    }
+
+
+def randomised_lora(script, model, folder):
+    """A transformer whose LoRA (rank 4, alpha 2) is far from zero, saved to `folder`."""
+    transformer = CogVideoXTransformer3DModel.from_pretrained(model, subfolder="transformer")
+    trainable = script.add_lora(transformer, 4, 2.0)
+    torch.manual_seed(1)
+    for parameter in trainable:
+        torch.nn.init.normal_(parameter, std=0.3)
+    script.save_lora(transformer, folder)
+    return transformer.eval()
+
+
+def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def test_file_alone_gives_the_trained_outputs(script, plain_model, tmp_path):
+    trained = randomised_lora(script, plain_model, tmp_path)
+    pipe = CogVideoXPipeline.from_pretrained(plain_model)
+    inputs = transformer_inputs(trained.config)
+    with torch.no_grad():
+        base = pipe.transformer(**inputs)[0]
+        pipe.load_lora_weights(tmp_path)
+        loaded, expected = pipe.transformer(**inputs)[0], trained(**inputs)[0]
+    assert relative_difference(loaded, expected) < 1e-5
+    assert relative_difference(base, expected) > 0.01  # the LoRA is not negligible here
+
+
+def test_equals_weights_merged_by_hand(script, plain_model, tmp_path):
+    trained = randomised_lora(script, plain_model, tmp_path)
+    merged = CogVideoXTransformer3DModel.from_pretrained(plain_model, subfolder="transformer").eval()
+    lora = load_file(tmp_path / script.LORA_FILE)
+    scale = 2 / 4
+    merged_layers = 0
+    with torch.no_grad():
+        for name, module in merged.named_modules():
+            key = f"transformer.{name}.lora_A.weight"
+            if key in lora:
+                module.weight += scale * lora[key.replace("lora_A", "lora_B")] @ lora[key]
+                merged_layers += 1
+        inputs = transformer_inputs(merged.config)
+        assert relative_difference(trained(**inputs)[0], merged(**inputs)[0]) < 1e-5
+    assert merged_layers == 2 * 4 == len(lora) // 2
+
+
+def test_metadata_holds_rank_and_alpha(script, run):
+    output = run(rank=4, lora_alpha=2)
+    with safe_open(output / script.LORA_FILE, framework="pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float32}
+    assert metadata["transformer.r"] == 4 and metadata["transformer.lora_alpha"] == 2
+    assert set(metadata["transformer.target_modules"]) == {"to_q", "to_k", "to_v", "to_out.0"}
+
+
+def test_training_moves_the_lora(script, run):
+    lora = load_file(run(learning_rate=1e-2) / script.LORA_FILE)
+    assert all(tensor.abs().sum() > 0 for name, tensor in lora.items() if "lora_B" in name)
