@@ -52,7 +52,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
-from accelerate.logging import get_logger
 from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
@@ -78,7 +77,7 @@ from torchvision.transforms.functional import InterpolationMode, resize
 from tqdm.auto import tqdm
 from transformers import T5EncoderModel, T5Tokenizer
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 DEFAULT_OUTPUT_DIR = "cogvideox-lora"
 LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
@@ -1307,7 +1306,9 @@ def log_validation(
     generator = torch.Generator(accelerator.device).manual_seed(0 if args.seed is None else args.seed)
     videos, files = [], []
     for index in range(args.num_validation_videos):
-        video = pipe(**pipeline_args, generator=generator, output_type="np").frames[0]  # [F, H, W, C]
+        video = pipe(**pipeline_args, generator=generator, output_type="np").frames[0]  # [>=F, H, W, C]
+        # Of an even number of latent frames the VAE makes four frames of the first one too: the last F are the video.
+        video = video[-pipeline_args.get("num_frames", 0) :]  # [F, H, W, C]
         file = folder / f"{phase}_step-{step:06d}_{name}video-{index}.mp4"
         export_to_video(list(video), str(file), fps=args.fps)
         videos.append(video)
@@ -1452,8 +1453,14 @@ def get_accelerator(args: argparse.Namespace) -> Accelerator:
     )
 
 
+def is_first_process() -> bool:
+    """Before accelerate is up, and for an error that all processes meet."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def set_up_logging() -> None:
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    level = logging.INFO if is_first_process() else logging.ERROR
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=level)
     for name in ("httpx", "accelerate"):  # a line a request, a line a file
         logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -1626,7 +1633,7 @@ def command_line() -> None:
     try:
         main(get_args())
     except RunError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if is_first_process():
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

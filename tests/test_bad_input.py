@@ -1,0 +1,221 @@
+"""A user's mistake ends in one clear message, exit code 2, no traceback, and nothing half-written."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import tiny
+from conftest import ROOT
+
+
+@pytest.fixture
+def fail(script, flags, clips, capsys, monkeypatch, tmp_path):
+    """Run the script as from a shell and expect it to end; returns what it said."""
+
+    def end(code: int = 2, wrote_nothing: bool = True, **changes) -> str:
+        words = flags(**{"instance_data_root": clips, "precompute_dir": tmp_path / "pre"} | changes)
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *words])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            script.command_line()
+        said = capsys.readouterr().err
+        assert exit_.value.code == code
+        assert "Traceback" not in said and "usage:" not in said
+        assert said.count("error:") == 1
+        if wrote_nothing:
+            assert not (tmp_path / "output").exists() and not (tmp_path / "pre").exists()
+        return said
+
+    return end
+
+
+NUMBERS = {
+    "height": (60, "--height must be a multiple of 16, not 60 (nearest: 64)"),
+    "width": (0, "--width must be a multiple of 16"),
+    "rank": (0, "--rank must be 1 or more, not 0"),
+    "lora_alpha": (0, "--lora_alpha must be more than 0"),
+    "learning_rate": (-1e-4, "--learning_rate must be more than 0"),
+    "train_batch_size": (0, "--train_batch_size must be 1 or more"),
+    "max_train_steps": (0, "--max_train_steps must be 1 or more"),
+    "max_num_frames": (0, "--max_num_frames must be 1 or more"),
+    "gradient_accumulation_steps": (0, "--gradient_accumulation_steps must be 1 or more"),
+    "checkpointing_steps": (0, "--checkpointing_steps must be 1 or more"),
+    "validation_steps": (0, "--validation_steps must be 1 or more"),
+    "skip_frames_start": (-1, "--skip_frames_start must be 0 or more"),
+    "adam_beta2": (1.0, "--adam_beta2 must be at least 0 and less than 1"),
+    "max_grad_norm": ("nan", "--max_grad_norm must be more than 0"),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers(fail, name):
+    value, message = NUMBERS[name]
+    assert message in fail(**{name: value})
+
+
+def test_all_wrong_numbers_at_once(fail):
+    said = fail(height=60, rank=0, learning_rate=0, instance_data_root=None)
+    for part in ("--height", "--rank", "--learning_rate", "no data: give --instance_data_root"):
+        assert part in said
+
+
+CHOICES = {
+    "optimizer": "sgd",
+    "lr_scheduler": "cosin",
+    "mixed_precision": "fp8",
+    "report_to": "mlflow",
+    "video_reshape_mode": "crop",
+    "frame_sampling": "all",
+    "rank": "many",
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_unknown_choices(fail, name):
+    said = fail(**{name: CHOICES[name]})
+    assert f"--{name}" in said and CHOICES[name] in said and said.count("\n") == 1
+
+
+def test_unknown_flag(fail):
+    assert "--lerning_rate" in fail(lerning_rate=1)
+
+
+def test_missing_package(fail, script, monkeypatch):
+    find_spec = script.importlib.util.find_spec
+    monkeypatch.setattr(
+        script.importlib.util, "find_spec", lambda name: None if name == "prodigyopt" else find_spec(name)
+    )
+    assert "--optimizer prodigy needs the package prodigyopt: pip install prodigyopt" in fail(optimizer="prodigy")
+
+
+def test_no_such_root(fail, tmp_path):
+    assert f"--instance_data_root: there is no folder {tmp_path / 'nowhere'}" in fail(
+        instance_data_root=tmp_path / "nowhere"
+    )
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "videos.txt"])
+def test_missing_line_file(fail, clips, name):
+    (clips / name).unlink()
+    assert f"{clips / name} cannot be read" in fail()
+
+
+def test_line_file_that_is_not_text(fail, clips):
+    (clips / "prompts.txt").write_bytes(b"caf\xe9\n")
+    assert "prompts.txt is not UTF-8 text" in fail()
+
+
+def test_prompts_and_videos_that_do_not_pair_up(fail, clips):
+    (clips / "prompts.txt").write_text("one\ntwo\n")
+    said = fail()
+    assert "prompts.txt has 2 lines" in said and "videos.txt has 4" in said
+
+
+def test_blank_line_in_the_middle(fail, clips):
+    (clips / "prompts.txt").write_text("one\n\nthree\nfour\n")
+    said = fail()
+    assert "prompts.txt" in said and "line 2" in said
+
+
+def test_no_clips(fail, clips):
+    for name in ("prompts.txt", "videos.txt"):
+        (clips / name).write_text("\n\n")
+    assert "no clips" in fail()
+
+
+def test_missing_videos_are_listed_together(fail, clips):
+    (clips / "videos" / "01.mp4").unlink()
+    (clips / "videos" / "03.mp4").unlink()
+    said = fail()
+    assert "2 of 4 videos are missing" in said and "01.mp4" in said and "03.mp4" in said and "00.mp4" not in said
+
+
+def test_videos_that_cannot_be_decoded_are_listed_together(fail, script, clips, tmp_path):
+    (clips / "videos" / "00.mp4").write_bytes(b"")
+    (clips / "videos" / "01.mp4").write_text("no video")
+    good = (clips / "videos" / "02.mp4").read_bytes()
+    (clips / "videos" / "02.mp4").write_bytes(good[: len(good) // 2])  # no moov box
+    said = fail(wrote_nothing=False)
+    assert "3 of 4 videos cannot be decoded" in said
+    assert all(f"0{index}.mp4" in said for index in range(3)) and "03.mp4" not in said
+    assert len(list((tmp_path / "pre" / "videos").iterdir())) == 1  # the good one stays encoded
+    assert not (tmp_path / "output" / script.LORA_FILE).exists()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_video_in_a_worker(fail, clips, workers):
+    (clips / "videos" / "01.mp4").write_text("no video")
+    assert "1 of 4 videos cannot be decoded" in fail(wrote_nothing=False, dataloader_num_workers=workers)
+
+
+def test_table_errors(fail, tmp_path):
+    table = tmp_path / "meta.csv"
+    table.write_text("caption,path\na,b\n")
+    columns = {"instance_data_root": None, "dataset_name": table, "cache_dir": tmp_path / "cache"}
+    said = fail(**columns, caption_column="caption", video_column="clip")
+    assert "--video_column" in said and "'clip'" in said and "caption, path" in said
+    said = fail(**columns, caption_column="caption", video_column="path")
+    assert "1 of 1 videos are missing" in said
+    table.write_text("caption,path\n ,b\n")
+    assert "no caption in row 0" in fail(**columns, caption_column="caption", video_column="path")
+    assert "--dataset_name" in fail(**columns | {"dataset_name": tmp_path / "none.csv"})
+
+
+def test_image_to_video_model_is_refused_by_name(fail, tmp_path):
+    other = tiny.make_model(tmp_path / "i2v", in_channels=8, use_learned_positional_embeddings=True)
+    said = fail(pretrained_model_name_or_path=other)
+    assert "image-to-video" in said and "train_cogvideox_image_to_video_lora.py" in said
+
+
+def test_size_of_a_model_with_learned_positions(fail, tmp_path):
+    other = tiny.make_model(tmp_path / "learned", use_learned_positional_embeddings=True)
+    said = fail(pretrained_model_name_or_path=other, height=96)
+    assert "--height 64 --width 96" in said
+
+
+def test_cogvideox_1_5_is_refused(fail, tmp_path):
+    other = tiny.make_model(tmp_path / "v15", patch_size_t=2)
+    assert "CogVideoX 1.5" in fail(pretrained_model_name_or_path=other)
+
+
+def test_models_that_are_none(fail, model, tmp_path):
+    assert "no transformer/config.json" in fail(pretrained_model_name_or_path=tmp_path)
+    assert "neither a local folder nor readable" in fail(pretrained_model_name_or_path="nobody/nothing")
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    (other / "transformer" / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    assert "is not a CogVideoX" in fail(pretrained_model_name_or_path=other)
+
+
+def test_output_that_is_a_file(fail, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "--output_dir" in fail(output_dir=tmp_path / "file")
+    assert "--output_dir" in fail(output_dir=tmp_path / "file" / "below")
+    assert "--precompute_dir" in fail(precompute_dir=tmp_path / "file")
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs a folder that even root cannot write")
+def test_output_that_cannot_be_written(fail):
+    assert "--output_dir /proc/nowhere cannot be written" in fail(output_dir="/proc/nowhere")
+
+
+def test_no_such_checkpoint(fail):
+    said = fail(resume_from_checkpoint="checkpoint-7")
+    assert "--resume_from_checkpoint checkpoint-7: no complete checkpoint there" in said
+
+
+def test_hub_that_is_not_reachable(fail):
+    assert "--push_to_hub" in fail(push_to_hub=True, hub_token="hf_secret_x", hub_model_id="nobody/x")
+
+
+def test_as_a_process(script, flags, tmp_path):
+    """The exit code and the message as a shell sees them."""
+    words = flags(height=60, output_dir=tmp_path / "output")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / f"{script.__name__}.py"), *words], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"{script.__name__}.py: error: these flags cannot work:" in done.stderr
+    assert not (tmp_path / "output").exists()
