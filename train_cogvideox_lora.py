@@ -728,9 +728,14 @@ def precompute_prompts(
     share = new[accelerator.process_index :: accelerator.num_processes]
     if share:
         source = pretrained_source(args)
-        tokenizer = T5Tokenizer.from_pretrained(subfolder="tokenizer", **source | {"variant": None})
-        text_encoder = T5EncoderModel.from_pretrained(subfolder="text_encoder", dtype=dtype, **source)
+        tokenizer = T5Tokenizer.from_pretrained(subfolder="tokenizer", **source)
+        text_encoder = T5EncoderModel.from_pretrained(
+            subfolder="text_encoder", variant=args.variant, dtype=dtype, **source
+        )
         text_encoder.to(accelerator.device).requires_grad_(False)
+        long = [prompt for prompt in share if len(tokenizer(prompt).input_ids) > max_sequence_length]
+        if long:
+            logger.warning(f"Cut to {max_sequence_length} tokens, as the model takes no more:\n{listing(long)}")
         for prompt in tqdm(share, "Encoding prompts", unit="prompt", disable=not accelerator.is_main_process):
             prompt_embeds = compute_prompt_embeddings(
                 tokenizer, text_encoder, prompt, max_sequence_length, accelerator.device, dtype
@@ -916,6 +921,7 @@ def get_dataloader(
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
+        persistent_workers=args.dataloader_num_workers > 0,
         pin_memory=accelerator.device.type == "cuda",
         generator=torch.Generator(),  # a loader draws a seed each epoch: not from the stream that noise comes from
     )
@@ -933,17 +939,18 @@ def get_dataloader(
 
 
 def pretrained_source(args: argparse.Namespace) -> dict:
-    """What every `from_pretrained` is given."""
+    """What every `from_pretrained` is given; those of weights take --variant too."""
     return {
         "pretrained_model_name_or_path": args.pretrained_model_name_or_path,
         "revision": args.revision,
-        "variant": args.variant,
         "cache_dir": args.cache_dir,
     }
 
 
 def load_vae(args: argparse.Namespace, dtype: torch.dtype) -> AutoencoderKLCogVideoX:
-    vae = AutoencoderKLCogVideoX.from_pretrained(subfolder="vae", torch_dtype=dtype, **pretrained_source(args))
+    vae = AutoencoderKLCogVideoX.from_pretrained(
+        subfolder="vae", variant=args.variant, torch_dtype=dtype, **pretrained_source(args)
+    )
     if args.enable_slicing:
         vae.enable_slicing()
     if args.enable_tiling:
@@ -954,7 +961,7 @@ def load_vae(args: argparse.Namespace, dtype: torch.dtype) -> AutoencoderKLCogVi
 def load_transformer(args: argparse.Namespace, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
     """The frozen base, straight in the compute dtype."""
     transformer = CogVideoXTransformer3DModel.from_pretrained(
-        subfolder="transformer", torch_dtype=dtype, **pretrained_source(args)
+        subfolder="transformer", variant=args.variant, torch_dtype=dtype, **pretrained_source(args)
     )
     transformer.requires_grad_(False)
     if args.gradient_checkpointing:
@@ -975,7 +982,7 @@ def save_lora(transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
     """Write LORA_FILE into `folder`, whole or not at all, with the metadata that makes
     `pipe.load_lora_weights(folder)` apply alpha / rank, once."""
     metadata = transformer.peft_config["default"].to_dict()
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".lora-") as partial:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".lora-", suffix=".partial") as partial:
         CogVideoXPipeline.save_lora_weights(
             partial,
             transformer_lora_layers=get_peft_model_state_dict(transformer),
@@ -1290,7 +1297,7 @@ def send_videos(accelerator: Accelerator, tag: str, files: list[Path], caption: 
 
 def log_validation(
     pipe: CogVideoXPipeline, args: argparse.Namespace, accelerator: Accelerator, pipeline_args: dict, epoch: int,
-    is_final_validation: bool = False, step: int | None = None, name: str = "",
+    is_final_validation: bool = False, step: int | None = None, name: str = "", caption: str | None = None,
 ) -> list[np.ndarray]:
     """Sample --num_validation_videos with `pipeline_args`, the same ones each time for one --seed.
 
@@ -1313,7 +1320,7 @@ def log_validation(
         export_to_video(list(video), str(file), fps=args.fps)
         videos.append(video)
         files.append(file)
-    send_videos(accelerator, phase, files, pipeline_args.get("prompt") or name, step, args.fps)
+    send_videos(accelerator, phase, files, caption or pipeline_args.get("prompt", ""), step, args.fps)
     return videos
 
 
@@ -1353,7 +1360,7 @@ def run_validation(
                 "use_dynamic_cfg": args.use_dynamic_cfg,
             }
             videos += log_validation(
-                pipe, args, accelerator, pipeline_args, state.epoch, is_final, state.step, f"prompt-{index}_"
+                pipe, args, accelerator, pipeline_args, state.epoch, is_final, state.step, f"prompt-{index}_", prompt
             )
     except Exception:  # the weights matter more than a sample of them
         logger.warning("Validation failed; training is not affected:", exc_info=True)
@@ -1594,9 +1601,7 @@ def main(args: argparse.Namespace) -> None:
     set_seed(state.seed)  # the LoRA starts the same in all processes
     transformer = load_transformer(args, DTYPES[accelerator.mixed_precision])
     trainable = add_lora(transformer, args.rank, args.lora_alpha)
-    noise_scheduler = CogVideoXDPMScheduler.from_pretrained(
-        subfolder="scheduler", **pretrained_source(args) | {"variant": None}
-    )
+    noise_scheduler = CogVideoXDPMScheduler.from_pretrained(subfolder="scheduler", **pretrained_source(args))
     optimizer = get_optimizer(args, [{"params": trainable, "lr": plan.learning_rate}])
     lr_scheduler = get_lr_scheduler(args, optimizer, plan)
     transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -55,9 +56,9 @@ def shared_precomputed(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def clips(tmp_path) -> Path:
+def clips(shared_clips, tmp_path) -> Path:
     """Clips of this test alone, to be changed at will."""
-    return tiny.make_clips(tmp_path / "clips")
+    return Path(shutil.copytree(shared_clips, tmp_path / "clips"))
 
 
 @pytest.fixture(autouse=True)

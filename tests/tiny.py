@@ -1,6 +1,9 @@
 """Tiny CogVideoX models and clips, made from configs and arrays: what the tests and the demo train on.
 
-    python tests/tiny.py FOLDER        writes FOLDER/model and FOLDER/clips (with prompts.txt and videos.txt)
+    python tests/tiny.py FOLDER
+
+writes what the demo needs: FOLDER/model, whose transformer was trained for half a minute to make squares in four
+colors, and FOLDER/clips, white squares that it has not seen.
 """
 
 import argparse
@@ -12,11 +15,13 @@ import imageio
 import numpy as np
 import sentencepiece
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from transformers import T5Config, T5EncoderModel
 
 COLORS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 80, 230), "yellow": (230, 210, 40)}
-SENTENCES = [f"a {color} square moves {way}" for color in COLORS for way in ("left", "right", "up", "down")]
+WHITE = {"white": (235, 235, 235)}
+WAYS = ("right", "left", "down", "up")
+SENTENCES = [f"a {color} square moves {way}" for color in COLORS | WHITE for way in WAYS]
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -46,19 +51,49 @@ def make_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def make_vae(seed: int = 0) -> AutoencoderKLCogVideoX:
-    torch.manual_seed(seed)
-    return AutoencoderKLCogVideoX(
-        block_out_channels=(8, 8, 8, 8),
+def make_vae() -> AutoencoderKLCogVideoX:
+    """A VAE that works without training: a latent pixel is the mean of its 4 x 8 x 8 pixels, decoding repeats it.
+
+    The first three latent channels are red, green and blue, the fourth is their mean. Written into the real
+    architecture: in the encoder, groups of four channels (x, -x, K, -K) pass the group norm almost unchanged since the
+    large K rules its variance; silu(x) - silu(-x) = x undoes the activation. In the decoder, the last norm is
+    conditioned on the latents themselves, and does it all.
+    """
+    torch.manual_seed(0)
+    vae = AutoencoderKLCogVideoX(
+        block_out_channels=(12, 12, 12, 12),
         down_block_types=("CogVideoXDownBlock3D",) * 4,
         up_block_types=("CogVideoXUpBlock3D",) * 4,
         latent_channels=4,
         layers_per_block=1,
-        norm_num_groups=2,
+        norm_num_groups=3,
         sample_height=96,  # tiles of 48 x 80 pixels: sizes that --enable_tiling puts together without a seam
         sample_width=160,
-        scaling_factor=0.7,
     )
+    encoder, decoder = vae.encoder, vae.decoder
+    large = 30.0
+    with torch.no_grad():
+        for name, module in encoder.named_modules():
+            if name.endswith("conv2.conv"):  # a residual block adds nothing
+                module.weight.zero_(), module.bias.zero_()
+            if name.endswith("downsamplers.0.conv"):  # mean of 2 x 2
+                module.weight.zero_(), module.bias.zero_()
+                module.weight[range(12), range(12), :2, :2] = 0.25
+        for convolution in (encoder.conv_in.conv, encoder.conv_out.conv, decoder.conv_out.conv):
+            convolution.weight.zero_(), convolution.bias.zero_()
+        encoder.norm_out.weight.fill_(large / 2**0.5)
+        encoder.conv_out.conv.bias[4:] = -8.0  # log variance
+        decoder.norm_out.conv_y.conv.weight.zero_(), decoder.norm_out.conv_y.conv.bias.zero_()
+        decoder.norm_out.conv_b.conv.weight.zero_(), decoder.norm_out.conv_b.conv.bias.zero_()
+        for color in range(3):
+            for sign, channel in ((1, 4 * color), (-1, 4 * color + 1)):
+                encoder.conv_in.conv.weight[channel, color, -1, 1, 1] = sign
+                encoder.conv_in.conv.bias[channel + 2] = sign * large
+                encoder.conv_out.conv.weight[color, channel, -1, 1, 1] = sign
+                encoder.conv_out.conv.weight[3, channel, -1, 1, 1] = sign / 3
+                decoder.norm_out.conv_b.conv.weight[channel, color] = sign
+                decoder.conv_out.conv.weight[color, channel, -1, 1, 1] = sign
+    return vae
 
 
 def make_transformer(seed: int = 0, rotary: bool = True, **overrides) -> CogVideoXTransformer3DModel:
@@ -80,8 +115,22 @@ def make_transformer(seed: int = 0, rotary: bool = True, **overrides) -> CogVide
     return CogVideoXTransformer3DModel(**config | overrides)
 
 
+def make_scheduler() -> CogVideoXDDIMScheduler:
+    return CogVideoXDDIMScheduler(
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        snr_shift_scale=1.0,
+        timestep_spacing="trailing",
+        set_alpha_to_one=True,
+        clip_sample=False,
+    )
+
+
 def make_model(folder: Path, rotary: bool = True, **transformer_overrides) -> Path:
-    """A whole CogVideoX in `folder`, as `save_pretrained` lays it out, small enough to train on a CPU in seconds."""
+    """A whole CogVideoX in `folder`, as `save_pretrained` lays it out, small enough to train on a CPU in seconds.
+
+    The VAE works, the transformer and the text encoder are random.
+    """
     make_tokenizer(folder / "tokenizer")
     torch.manual_seed(0)
     text_config = T5Config(
@@ -90,14 +139,7 @@ def make_model(folder: Path, rotary: bool = True, **transformer_overrides) -> Pa
     T5EncoderModel(text_config).save_pretrained(folder / "text_encoder")
     make_vae().save_pretrained(folder / "vae")
     make_transformer(rotary=rotary, **transformer_overrides).save_pretrained(folder / "transformer")
-    CogVideoXDDIMScheduler(
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        snr_shift_scale=1.0,
-        timestep_spacing="trailing",
-        set_alpha_to_one=True,
-        clip_sample=False,
-    ).save_pretrained(folder / "scheduler")
+    make_scheduler().save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "CogVideoXPipeline",
         "tokenizer": ["transformers", "T5Tokenizer"],
@@ -135,14 +177,16 @@ def write_clip(path: Path, frames: np.ndarray, fps: float = 8) -> Path:
     return path
 
 
-def make_clips(folder: Path, count: int = 4, num_frames: int = 9, height: int = 64, width: int = 96) -> Path:
+def make_clips(
+    folder: Path, count: int = 4, num_frames: int = 9, height: int = 64, width: int = 96, colors: dict = COLORS
+) -> Path:
     """`count` captioned clips in the layout of two line files, prompts.txt and videos.txt."""
     captions, videos = [], []
     for index in range(count):
-        color = list(COLORS)[index % len(COLORS)]
-        way = ("right", "left", "down", "up")[index // len(COLORS) % 4]
+        color = list(colors)[index % len(colors)]
+        way = WAYS[index // len(colors) % 4]
         name = f"videos/{index:02d}.mp4"
-        write_clip(folder / name, moving_square(num_frames, height, width, COLORS[color], way))
+        write_clip(folder / name, moving_square(num_frames, height, width, colors[color], way))
         captions.append(f"a {color} square moves {way}")
         videos.append(name)
     (folder / "prompts.txt").write_text("\n".join(captions) + "\n")
@@ -150,9 +194,54 @@ def make_clips(folder: Path, count: int = 4, num_frames: int = 9, height: int = 
     return folder
 
 
+def pretrain(folder: Path, steps: int, batch_size: int = 16, learning_rate: float = 2e-3) -> None:
+    """Train all of the transformer of the model in `folder` on squares in COLORS, so that a LoRA has something to
+    build on: plain v-prediction on exact latents, with the captions' embeddings."""
+    pipe = CogVideoXPipeline.from_pretrained(folder)
+    transformer, config = pipe.transformer.train(), pipe.transformer.config
+    height, width = config.sample_height * 8, config.sample_width * 8
+    latents, embeds = [], []
+    with torch.no_grad():
+        for color in COLORS:
+            for way in WAYS:
+                video = torch.from_numpy(moving_square(config.sample_frames, height, width, COLORS[color], way))
+                pixels = video.permute(3, 0, 1, 2)[None] / 127.5 - 1  # [1, C, F, H, W]
+                latents.append(pipe.vae.encode(pixels).latent_dist.mean.permute(0, 2, 1, 3, 4))  # [1, f, c, h, w]
+                caption = f"a {color} square moves {way}"
+                embeds.append(pipe.encode_prompt(caption, None, False, max_sequence_length=32)[0])  # [1, S, D]
+        latents = torch.cat(latents) * pipe.vae.config.scaling_factor  # [16, f, c, h, w]
+        embeds = torch.cat(embeds)  # [16, S, D]
+        rotary = pipe._prepare_rotary_positional_embeddings(height, width, latents.shape[1], latents.device)
+    optimizer = torch.optim.AdamW(transformer.parameters(), lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    torch.manual_seed(0)
+    for _ in range(steps):
+        chosen = torch.randint(0, len(latents), (batch_size,))
+        noise, timesteps = torch.randn_like(latents[chosen]), torch.randint(0, 1000, (batch_size,))
+        velocity = pipe.scheduler.get_velocity(latents[chosen], noise, timesteps)
+        velocity_pred = transformer(
+            hidden_states=pipe.scheduler.add_noise(latents[chosen], noise, timesteps),
+            encoder_hidden_states=embeds[chosen],
+            timestep=timesteps,
+            image_rotary_emb=rotary,
+            return_dict=False,
+        )[0]
+        loss = (velocity_pred - velocity).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    transformer.save_pretrained(folder / "transformer")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--steps", type=int, default=600, help="of training the base model")
     arguments = parser.parse_args()
-    make_model(arguments.folder / "model")
-    make_clips(arguments.folder / "clips")
+    print(f"Making a tiny CogVideoX and four clips in {arguments.folder}", flush=True)
+    make_model(
+        arguments.folder / "model", num_attention_heads=4, num_layers=3, time_embed_dim=64, max_text_seq_length=32
+    )
+    pretrain(arguments.folder / "model", arguments.steps)
+    make_clips(arguments.folder / "clips", colors=WHITE)

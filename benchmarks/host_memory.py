@@ -1,0 +1,75 @@
+"""Peak host memory of training on few and on many clips of 49 x 480 x 720: it must not grow with their number.
+
+    python benchmarks/host_memory.py
+
+Runs the text-to-video script on a tiny model, with 4 and with 24 clips made here, each in a process of its own, and
+prints the peak resident memory of both (the kernel's own figure, of the
+process and of its decoding workers) and the difference a clip. Takes some minutes on 2 cores.
+"""
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+
+def measure(model: Path, clips: Path, output: Path, workers: int) -> tuple[float, float, float]:
+    """Peak resident MB of a training process, of its largest worker, and its seconds."""
+    command = [sys.executable, __file__, "--child", str(model), str(clips), str(output), str(workers)]
+    started = time.perf_counter()
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr[-2000:])
+    own, worker = done.stdout.strip().splitlines()[-1].split()
+    return float(own), float(worker), time.perf_counter() - started
+
+
+def child(model: str, clips: str, output: str, workers: str) -> None:
+    import train_cogvideox_lora as script
+
+    script.main(
+        script.get_args(
+            f"--pretrained_model_name_or_path {model} --instance_data_root {clips} --caption_column prompts.txt "
+            f"--video_column videos.txt --precompute_dir {output}/precomputed --output_dir {output} --height 480 "
+            f"--width 720 --max_num_frames 49 --rank 4 --train_batch_size 1 --num_train_epochs 1 "
+            f"--mixed_precision no --dataloader_num_workers {workers} --seed 0".split()
+        )
+    )
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    print(*(resource.getrusage(kind).ru_maxrss / 1024 for kind in kinds))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--few", type=int, default=4)
+    parser.add_argument("--many", type=int, default=24)
+    parser.add_argument("--workers", type=int, default=0, help="--dataloader_num_workers of the runs")
+    args = parser.parse_args()
+    import tiny
+
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        model = tiny.make_model(folder / "model", sample_height=60, sample_width=90, sample_frames=49)
+        peaks = {}
+        for count in (args.few, args.many):
+            clips = tiny.make_clips(folder / f"clips-{count}", count, num_frames=49, height=480, width=720)
+            own, worker, seconds = measure(model, clips, folder / f"output-{count}", args.workers)
+            peaks[count] = own
+            print(f"{count:3} clips: peak {own:.0f} MB, largest worker {worker:.0f} MB, {seconds:.0f} s", flush=True)
+        growth = (peaks[args.many] - peaks[args.few]) / (args.many - args.few)
+        print(f"growth: {growth:.1f} MB a clip")
+
+
+if __name__ == "__main__":
+    os.environ |= {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    if sys.argv[1:2] == ["--child"]:
+        child(*sys.argv[2:])
+    else:
+        main()
