@@ -52,13 +52,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import (
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    broadcast_object_list,
-    gather_object,
-    set_seed,
-)
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, set_seed
 from accelerate.utils.memory import clear_device_cache
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -215,12 +209,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     The token is blanked in `sys.argv`, which trackers record as part of a run's metadata.
     """
     parser = OneLineErrorParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_args(parser)
-    add_data_args(parser)
-    add_validation_args(parser)
-    add_training_args(parser)
-    add_optimizer_args(parser)
-    add_output_args(parser)
+    groups = (add_model_args, add_data_args, add_validation_args, add_training_args, add_optimizer_args)
+    for add_group in (*groups, add_output_args):
+        add_group(parser)
     args = parser.parse_args(argv)
     if argv is None and args.hub_token:
         sys.argv = [word.replace(args.hub_token, "***") for word in sys.argv]
@@ -248,6 +239,8 @@ def check_numbers(args: argparse.Namespace) -> list[str]:
         value = getattr(args, name)
         if value is not None and not 0 <= value < 1:
             problems.append(f"--{name} must be at least 0 and less than 1, not {value}")
+    if args.seed is not None and not 0 <= args.seed < 2**31:
+        problems.append(f"--seed must be from 0 to {2**31 - 1}, not {args.seed}")
     for name in ("height", "width"):
         value = getattr(args, name)
         if value < 16 or value % 16:
@@ -308,6 +301,7 @@ def precompute_folder(args: argparse.Namespace) -> Path:
 
 
 def validation_prompts(args: argparse.Namespace) -> list[str]:
+    """--validation_prompt, taken apart."""
     return args.validation_prompt.split(args.validation_prompt_separator) if args.validation_prompt else []
 
 
@@ -375,14 +369,13 @@ def read_line_files(root: Path, caption_column: str, video_column: str) -> list[
     """Pair line i of the caption file with line i of the file of video paths (relative to `root`)."""
     captions, videos = read_lines(root / caption_column), read_lines(root / video_column)
     if len(captions) != len(videos):
-        raise RunError(
-            f"captions and videos don't pair up: {root / caption_column} has {len(captions)} lines, "
-            f"{root / video_column} has {len(videos)}"
-        )
+        lines = f"{root / caption_column} has {len(captions)} lines, {root / video_column} has {len(videos)}"
+        raise RunError(f"captions and videos don't pair up: {lines}")
     return [VideoRecord(caption, str(root / video)) for caption, video in zip(captions, videos, strict=True)]
 
 
 def read_embedded_video(rows, column: str, index: int) -> bytes:
+    """A video file that is stored in row `index` of a `datasets.Dataset`, read when it is wanted."""
     return rows[index][column]["bytes"]
 
 
@@ -424,15 +417,14 @@ def read_dataset(
     if blank:
         raise RunError(f"--caption_column: {dataset_name} has no caption in row {', '.join(blank[:20])}")
     records = []
-    for row, (caption, video) in enumerate(zip(captions, table.select_columns([video_column]), strict=True)):
-        video = video[video_column]
-        if isinstance(video, dict) and video.get("bytes") is not None:
-            name = f"row {row} of {dataset_name} ({video.get('path')})"
-            read = functools.partial(read_embedded_video, table, video_column, row)
-            records.append(VideoRecord(str(caption).strip(), name, read))
+    for row, (caption, video) in enumerate(zip(captions, table[video_column], strict=True)):
+        video = video if isinstance(video, dict) else {"path": str(video)}
+        if video.get("bytes") is None:
+            path, read = str(Path(root or "") / video["path"]), None
         else:
-            path = video["path"] if isinstance(video, dict) else str(video)
-            records.append(VideoRecord(str(caption).strip(), str(Path(root or "") / path)))
+            path = f"row {row} of {dataset_name} ({video['path']})"
+            read = functools.partial(read_embedded_video, table, video_column, row)
+        records.append(VideoRecord(str(caption).strip(), path, read))
     return records
 
 
@@ -532,13 +524,12 @@ def load_video(record: VideoRecord, settings: Preprocessing) -> torch.Tensor:
         draw = random.Random(f"{settings.seed}:{record.path}")
         position = (draw.random(), draw.random())
 
-    video = torch.empty(len(indices), 3, settings.height, settings.width)  # [F, C, H, W]
+    height, width, mode = settings.height, settings.width, settings.video_reshape_mode
+    video = torch.empty(len(indices), 3, height, width)  # [F, C, H, W]
     for start in range(0, len(indices), 8):  # few at a time: 49 frames of 4K as floats are 5 GB
         frames = torch.from_numpy(reader.get_batch(indices[start : start + 8]).asnumpy())  # [8, H0, W0, C] uint8
         frames = (frames.permute(0, 3, 1, 2).float() - 127.5) / 127.5  # [8, C, H0, W0]
-        video[start : start + 8] = resize_and_crop(
-            frames, settings.height, settings.width, settings.video_reshape_mode, position
-        )
+        video[start : start + 8] = resize_and_crop(frames, height, width, mode, position)  # [8, C, H, W]
     return video
 
 
@@ -578,10 +569,8 @@ class VideoDataset(Dataset):
         return f"{self.id_token} {self.instance_prompts[index]}".strip()
 
     def __getitem__(self, index: int) -> dict:
-        return {
-            "instance_prompt": self.prompt(index),
-            "instance_video": load_video(self.records[index], self.settings),
-        }
+        video = load_video(self.records[index], self.settings)  # [F, C, H, W]
+        return {"instance_prompt": self.prompt(index), "instance_video": video}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -599,12 +588,12 @@ def find_model_file(args: argparse.Namespace, name: str) -> Path:
     try:
         return Path(hf_hub_download(model, name, revision=args.revision, cache_dir=args.cache_dir))
     except Exception as error:  # offline, no such repository, no access, a name that is none: all end here
-        raise RunError(
-            f"--pretrained_model_name_or_path {model} is neither a local folder nor readable from the Hub: {error}"
-        ) from error
+        what = f"--pretrained_model_name_or_path {model} is neither a local folder nor readable from the Hub"
+        raise RunError(f"{what}: {error}") from error
 
 
 def read_config(args: argparse.Namespace, subfolder: str) -> dict:
+    """The config of one component, without its weights."""
     return json.loads(find_model_file(args, f"{subfolder}/config.json").read_text(encoding="utf-8"))
 
 
@@ -715,13 +704,8 @@ def precompute_prompts(
     """
     dtype = DTYPES[accelerator.mixed_precision]
     encoder = model_identity(args, "text_encoder", "tokenizer")
-    paths = {
-        prompt: item_path(
-            precompute_folder(args), "prompts", prompt=prompt, max_sequence_length=max_sequence_length,
-            dtype=str(dtype), encoder=encoder,
-        )
-        for prompt in prompts
-    }
+    content = {"max_sequence_length": max_sequence_length, "dtype": str(dtype), "encoder": encoder}
+    paths = {prompt: item_path(precompute_folder(args), "prompts", prompt=prompt, **content) for prompt in prompts}
     new = [prompt for prompt, path in paths.items() if not path.exists()]
     logger.info(f"Prompts: {len(paths) - len(new)} of {len(paths)} come from {precompute_folder(args)}")
     accelerator.wait_for_everyone()  # all have counted before the first one writes
@@ -729,11 +713,10 @@ def precompute_prompts(
     if share:
         source = pretrained_source(args)
         tokenizer = T5Tokenizer.from_pretrained(subfolder="tokenizer", **source)
-        text_encoder = T5EncoderModel.from_pretrained(
-            subfolder="text_encoder", variant=args.variant, dtype=dtype, **source
-        )
+        source |= {"variant": args.variant, "dtype": dtype}
+        text_encoder = T5EncoderModel.from_pretrained(subfolder="text_encoder", **source)
         text_encoder.to(accelerator.device).requires_grad_(False)
-        long = [prompt for prompt in share if len(tokenizer(prompt).input_ids) > max_sequence_length]
+        long = [p[:60] + "…" for p in share if len(tokenizer(p, verbose=False).input_ids) > max_sequence_length]
         if long:
             logger.warning(f"Cut to {max_sequence_length} tokens, as the model takes no more:\n{listing(long)}")
         for prompt in tqdm(share, "Encoding prompts", unit="prompt", disable=not accelerator.is_main_process):
@@ -783,22 +766,18 @@ def precompute_videos(
     """
     dtype = DTYPES[accelerator.mixed_precision]
     encoder = model_identity(args, "vae") | {"tiling": args.enable_tiling}
+    settings = dataset.settings.content_key()
     flips = (False, True) if args.random_flip else (False,)
     paths = []
     for record in dataset.records:
-        content = {"source": video_source(record), "settings": dataset.settings.content_key(), "encoder": encoder}
-        paths.append(
-            tuple(
-                item_path(precompute_folder(args), "videos", flip=flip, dtype=str(dtype), **content) for flip in flips
-            )
-        )
+        content = {"source": video_source(record), "settings": settings, "dtype": str(dtype), "encoder": encoder}
+        paths.append(tuple(item_path(precompute_folder(args), "videos", flip=flip, **content) for flip in flips))
     new = list({files: i for i, files in enumerate(paths) if not all(file.exists() for file in files)}.values())
     logger.info(f"Videos: {len(paths) - len(new)} of {len(paths)} come from {precompute_folder(args)}")
     accelerator.wait_for_everyone()  # all have counted before the first one writes
     share = new[accelerator.process_index :: accelerator.num_processes]
     bad = encode_videos(args, accelerator, dataset, share, paths, dtype) if share else []
-    accelerator.wait_for_everyone()
-    bad = gather_object(bad) if accelerator.num_processes > 1 else bad
+    bad = accelerator.gather_for_metrics(bad, use_gather_object=True)
     if bad:
         raise RunError(f"{len(bad)} of {len(paths)} videos cannot be decoded:\n{listing(bad, limit=200)}")
     return paths
@@ -811,11 +790,9 @@ def encode_videos(
     """Decode and encode the clips `indices` into their `paths`; returns the complaints about those that failed."""
     vae = load_vae(args, dtype).to(accelerator.device)
     workers = args.dataloader_num_workers
+    prefetch = 1 if workers else None  # a decoded clip is 100 MB and more
     jobs = DataLoader(
-        DecodeJobs(dataset, indices, dtype),
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=1 if workers else None,  # a decoded clip is 100 MB and more
+        DecodeJobs(dataset, indices, dtype), batch_size=None, num_workers=workers, prefetch_factor=prefetch
     )
     bad = []
     for index, video in tqdm(jobs, "Encoding videos", unit="video", disable=not accelerator.is_main_process):
@@ -912,16 +889,14 @@ class ShapeBatchSampler(Sampler[list[tuple[int, bool]]]):
 def get_dataloader(
     args: argparse.Namespace, accelerator: Accelerator, dataset: LatentDataset, seed: int
 ) -> tuple[DataLoader, ShapeBatchSampler]:
+    """The loader of this process's batches, on its device, and the sampler that says where in the data it is."""
     sampler = ShapeBatchSampler(
         dataset.shapes(), args.train_batch_size, seed, args.random_flip, accelerator.num_processes,
         accelerator.process_index,
     )
+    workers = args.dataloader_num_workers
     loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=args.dataloader_num_workers,
-        persistent_workers=args.dataloader_num_workers > 0,
+        dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers, persistent_workers=workers > 0,
         pin_memory=accelerator.device.type == "cuda",
         generator=torch.Generator(),  # a loader draws a seed each epoch: not from the stream that noise comes from
     )
@@ -940,17 +915,12 @@ def get_dataloader(
 
 def pretrained_source(args: argparse.Namespace) -> dict:
     """What every `from_pretrained` is given; those of weights take --variant too."""
-    return {
-        "pretrained_model_name_or_path": args.pretrained_model_name_or_path,
-        "revision": args.revision,
-        "cache_dir": args.cache_dir,
-    }
+    return {name: getattr(args, name) for name in ("pretrained_model_name_or_path", "revision", "cache_dir")}
 
 
 def load_vae(args: argparse.Namespace, dtype: torch.dtype) -> AutoencoderKLCogVideoX:
-    vae = AutoencoderKLCogVideoX.from_pretrained(
-        subfolder="vae", variant=args.variant, torch_dtype=dtype, **pretrained_source(args)
-    )
+    source = pretrained_source(args)
+    vae = AutoencoderKLCogVideoX.from_pretrained(subfolder="vae", variant=args.variant, dtype=dtype, **source)
     if args.enable_slicing:
         vae.enable_slicing()
     if args.enable_tiling:
@@ -961,7 +931,7 @@ def load_vae(args: argparse.Namespace, dtype: torch.dtype) -> AutoencoderKLCogVi
 def load_transformer(args: argparse.Namespace, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
     """The frozen base, straight in the compute dtype."""
     transformer = CogVideoXTransformer3DModel.from_pretrained(
-        subfolder="transformer", variant=args.variant, torch_dtype=dtype, **pretrained_source(args)
+        subfolder="transformer", variant=args.variant, dtype=dtype, **pretrained_source(args)
     )
     transformer.requires_grad_(False)
     if args.gradient_checkpointing:
@@ -971,9 +941,7 @@ def load_transformer(args: argparse.Namespace, dtype: torch.dtype) -> CogVideoXT
 
 def add_lora(transformer: CogVideoXTransformer3DModel, rank: int, lora_alpha: float) -> list[torch.nn.Parameter]:
     """Put LoRA matrices beside the attention projections; returns them, the only parameters that train, in fp32."""
-    transformer.add_adapter(
-        LoraConfig(r=rank, lora_alpha=lora_alpha, init_lora_weights=True, target_modules=LORA_TARGETS)
-    )
+    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=lora_alpha, target_modules=LORA_TARGETS))
     cast_training_params(transformer, dtype=torch.float32)
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
@@ -993,9 +961,8 @@ def save_lora(transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
 
 def load_lora(transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
     """Read LORA_FILE of `folder` into the LoRA that `transformer` already has. Raises RunError if they don't fit."""
-    state_dict = {
-        key.removeprefix("transformer."): tensor for key, tensor in load_file(folder / LORA_FILE).items()
-    }
+    saved = load_file(folder / LORA_FILE)
+    state_dict = {key.removeprefix("transformer."): tensor for key, tensor in saved.items()}
     expected = {key: tensor.shape for key, tensor in get_peft_model_state_dict(transformer).items()}
     if expected != {key: tensor.shape for key, tensor in state_dict.items()}:
         raise RunError(f"--resume_from_checkpoint: {folder / LORA_FILE} does not fit this run's layers or --rank")
@@ -1089,6 +1056,8 @@ def get_optimizer(args: argparse.Namespace, params_to_optimize, use_deepspeed: b
         from accelerate.utils import DummyOptim
 
         return DummyOptim(params_to_optimize, lr=args.learning_rate)
+    common = {"lr": args.learning_rate, "eps": args.adam_epsilon, "weight_decay": args.adam_weight_decay}
+    common["betas"] = (args.adam_beta1, args.adam_beta2)
     if args.optimizer == "prodigy":
         from prodigyopt import Prodigy
 
@@ -1097,21 +1066,15 @@ def get_optimizer(args: argparse.Namespace, params_to_optimize, use_deepspeed: b
         if args.learning_rate <= 0.1:
             logger.warning("Prodigy finds its own scale: --learning_rate 1 is what it is made for.")
         return Prodigy(
-            params_to_optimize, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
-            beta3=args.prodigy_beta3, weight_decay=args.adam_weight_decay, eps=args.adam_epsilon,
-            decouple=args.prodigy_decouple, use_bias_correction=args.prodigy_use_bias_correction,
-            safeguard_warmup=args.prodigy_safeguard_warmup,
+            params_to_optimize, **common, beta3=args.prodigy_beta3, decouple=args.prodigy_decouple,
+            use_bias_correction=args.prodigy_use_bias_correction, safeguard_warmup=args.prodigy_safeguard_warmup,
         )
+    optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
     if args.use_8bit_adam:
         import bitsandbytes
 
-        optimizer_class = {"adam": bitsandbytes.optim.Adam8bit, "adamw": bitsandbytes.optim.AdamW8bit}[args.optimizer]
-    else:
-        optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
-    return optimizer_class(
-        params_to_optimize, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay, eps=args.adam_epsilon,
-    )
+        optimizer_class = getattr(bitsandbytes.optim, f"{optimizer_class.__name__}8bit")
+    return optimizer_class(params_to_optimize, **common)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1223,10 +1186,8 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     for folder in (Path(args.output_dir) / wanted, Path(wanted)):
         if (folder / "training_state.json").is_file():
             return folder
-    raise RunError(
-        f"--resume_from_checkpoint {wanted}: no complete checkpoint there; {args.output_dir} has "
-        + (", ".join(folder.name for folder in complete) or "none")
-    )
+    there = ", ".join(folder.name for folder in complete) or "none"
+    raise RunError(f"--resume_from_checkpoint {wanted}: no complete checkpoint there; {args.output_dir} has {there}")
 
 
 def resume(accelerator: Accelerator, folder: Path) -> TrainingState:
@@ -1259,12 +1220,8 @@ def append_metrics(path: Path, metrics: dict) -> None:
 
 def tracker_config(args: argparse.Namespace) -> dict:
     """The flags as trackers take them: plain values, and never the token."""
-    plain = (bool, int, float, str)
-    return {
-        name: value if isinstance(value, plain) else str(value)
-        for name, value in vars(args).items()
-        if name != "hub_token"
-    }
+    shown = {name: value for name, value in vars(args).items() if name != "hub_token"}
+    return {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in shown.items()}
 
 
 def send_videos(accelerator: Accelerator, tag: str, files: list[Path], caption: str, step: int, fps: int) -> None:
@@ -1273,9 +1230,8 @@ def send_videos(accelerator: Accelerator, tag: str, files: list[Path], caption: 
         if tracker.name == "wandb":
             import wandb
 
-            tracker.tracker.log(
-                {tag: [wandb.Video(str(file), caption=caption, format="mp4") for file in files]}, step=step
-            )
+            videos = [wandb.Video(str(file), caption=caption, format="mp4") for file in files]
+            tracker.tracker.log({tag: videos}, step=step)
         elif tracker.name == "comet_ml":
             for file in files:
                 tracker.tracker.log_video(str(file), name=f"{tag}/{file.name}", step=step)
@@ -1342,22 +1298,16 @@ def run_validation(
     videos, pipe = [], None
     transformer.eval()
     try:
-        vae = load_vae(args, dtype).to(accelerator.device)
-        pipe = CogVideoXPipeline(
-            tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=noise_scheduler
-        )
+        models = {"transformer": transformer, "scheduler": noise_scheduler, "tokenizer": None, "text_encoder": None}
+        pipe = CogVideoXPipeline(vae=load_vae(args, dtype).to(accelerator.device), **models)
         pipe.set_progress_bar_config(desc="Sampling")
         for index, prompt in enumerate(prompts):
             embeds = {key: load_file(prompt_files[key])["prompt_embeds"][None] for key in (prompt, "")}  # [1, S, D]
-            pipeline_args = {
+            names = ("height", "width", "num_inference_steps", "guidance_scale", "use_dynamic_cfg")
+            pipeline_args = {name: getattr(args, name) for name in names} | {
+                "num_frames": frames_4k_plus_1(args.max_num_frames),
                 "prompt_embeds": embeds[prompt].to(accelerator.device),
                 "negative_prompt_embeds": embeds[""].to(accelerator.device),
-                "height": args.height,
-                "width": args.width,
-                "num_frames": frames_4k_plus_1(args.max_num_frames),
-                "num_inference_steps": args.num_inference_steps,
-                "guidance_scale": args.guidance_scale,
-                "use_dynamic_cfg": args.use_dynamic_cfg,
             }
             videos += log_validation(
                 pipe, args, accelerator, pipeline_args, state.epoch, is_final, state.step, f"prompt-{index}_", prompt
@@ -1366,7 +1316,7 @@ def run_validation(
         logger.warning("Validation failed; training is not affected:", exc_info=True)
         videos = []
     finally:
-        del pipe
+        pipe = None  # and with it the VAE
         transformer.train()
         clear_device_cache(garbage_collection=True)
     return videos
@@ -1402,10 +1352,10 @@ from diffusers import CogVideoXPipeline
 from diffusers.utils import export_to_video
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-pipe = CogVideoXPipeline.from_pretrained("{base_model}", torch_dtype=torch.bfloat16).to(device)
+pipe = CogVideoXPipeline.from_pretrained("{base_model}", dtype=torch.bfloat16).to(device)
 pipe.load_lora_weights("{repo_id}")  # applies alpha / rank: no further scale is needed
 
-video = pipe("{(validation_prompt or "your prompt").splitlines()[0]}").frames[0]
+video = pipe({json.dumps(validation_prompt or "your prompt")}).frames[0]
 export_to_video(video, "output.mp4", fps={fps})
 ```
 
@@ -1445,19 +1395,22 @@ def upload(args: argparse.Namespace, repo_id: str) -> None:
 
 
 def get_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Accelerate as the flags and its own configuration want it, and the output folder. Raises RunError."""
     logging_dir = Path(args.output_dir) / args.logging_dir
     try:
         logging_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"--output_dir {args.output_dir} cannot be written: {error}") from error
-    return Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=args.mixed_precision,
         log_with=args.report_to,
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(logging_dir)),
         step_scheduler_with_optimizer=False,  # accelerate would step the schedule once a process
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.nccl_timeout))],
     )
+    if accelerator.mixed_precision not in DTYPES:
+        raise RunError(f"accelerate's configuration says {accelerator.mixed_precision}: give --mixed_precision")
+    return accelerator
 
 
 def is_first_process() -> bool:
@@ -1472,7 +1425,7 @@ def set_up_logging() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def check_finite(loss: float, grad_norm: float, step_skipped: bool, args: argparse.Namespace, step: int) -> None:
+def check_finite(args: argparse.Namespace, step: int, loss: float, grad_norm: float, step_skipped: bool) -> None:
     """End the run before weights that are not finite are saved over good ones. Raises RunError, code 3.
 
     An fp16 gradient may overflow: the gradient scaler then skips the step, and nothing is lost.
@@ -1524,7 +1477,7 @@ def train(
             state.step += 1
             step_means = accelerator.reduce(torch.stack([loss_sum / num_micro_batches, grad_norm]), reduction="mean")
             mean_loss, norm = step_means.tolist()
-            check_finite(mean_loss, norm, accelerator.optimizer_step_was_skipped, args, state.step)
+            check_finite(args, state.step, mean_loss, norm, accelerator.optimizer_step_was_skipped)
             # As the originals logged it, the rate is the one that the schedule now stands at.
             metrics = {"loss": mean_loss, "lr": lr_scheduler.get_last_lr()[0], "grad_norm": norm}
             accelerator.log(metrics, step=state.step)
@@ -1627,9 +1580,8 @@ def main(args: argparse.Namespace) -> None:
     validate = functools.partial(run_validation, args, accelerator, base, noise_scheduler, prompt_files)
     train(
         args, accelerator, transformer, optimizer, lr_scheduler, noise_scheduler, loader, sampler, plan, state,
-        vae_config, validate
+        vae_config, validate,
     )
-
     finish(args, accelerator, base, functools.partial(validate, state, is_final=True), repo_id)
 
 

@@ -219,3 +219,7 @@ def test_as_a_process(script, flags, tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"{script.__name__}.py: error: these flags cannot work:" in done.stderr
     assert not (tmp_path / "output").exists()
+
+
+def test_seed_that_the_generators_do_not_take(fail):
+    assert "--seed must be from 0" in fail(seed=-1)

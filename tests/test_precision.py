@@ -76,10 +76,43 @@ def test_weights_load_straight_into_the_compute_dtype(script, run, monkeypatch):
     original = CogVideoXTransformer3DModel.from_pretrained.__func__
 
     def spy(cls, *args, **kwargs):
-        asked.append(kwargs["torch_dtype"])
+        asked.append(kwargs["dtype"])
         return original(cls, *args, **kwargs)
 
     monkeypatch.setattr(CogVideoXTransformer3DModel, "from_pretrained", classmethod(spy))
     run(mixed_precision="bf16", max_train_steps=1)
     assert asked == [torch.bfloat16]
     assert script.DTYPES["bf16"] == torch.bfloat16
+
+
+def test_revision_and_variant_reach_every_component(script, flags, monkeypatch):
+    """Weights are asked for with both, the tokenizer and the scheduler with the revision."""
+    asked = {}
+    args = script.get_args(flags(revision="v7", variant="fp16", cache_dir="c"))
+
+    def spy(name):
+        def from_pretrained(_cls, *_args, **kwargs):
+            asked[name] = kwargs
+            raise InterruptedError
+
+        return classmethod(from_pretrained)
+
+    classes = ("T5Tokenizer", "T5EncoderModel", "AutoencoderKLCogVideoX", "CogVideoXTransformer3DModel")
+    for name in classes:
+        monkeypatch.setattr(getattr(script, name), "from_pretrained", spy(name))
+    with pytest.raises(InterruptedError):
+        script.load_vae(args, torch.float32)
+    with pytest.raises(InterruptedError):
+        script.load_transformer(args, torch.float32)
+    accelerator = script.get_accelerator(args)
+    prompts = ["a prompt that no other test has encoded"]
+    with pytest.raises(InterruptedError):
+        script.precompute_prompts(args, accelerator, prompts, 226)
+    tokenizer = classmethod(lambda *_, **kwargs: asked.update(t=kwargs))
+    monkeypatch.setattr(script.T5Tokenizer, "from_pretrained", tokenizer)
+    with pytest.raises(InterruptedError):
+        script.precompute_prompts(args, accelerator, prompts, 226)
+    assert asked["t"] == asked["T5Tokenizer"] == script.pretrained_source(args) | {"subfolder": "tokenizer"}
+    for name, kwargs in asked.items():
+        assert (kwargs["revision"], kwargs["cache_dir"]) == ("v7", "c")
+        assert name in ("t", "T5Tokenizer") or kwargs["variant"] == "fp16"
