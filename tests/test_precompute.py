@@ -174,22 +174,23 @@ def test_encoders_and_transformer_are_never_loaded_together(script, run, clips, 
     assert seen == {"videos": ["AutoencoderKLCogVideoX"], "before transformer": []}
 
 
-def test_killed_precompute_goes_on_where_it_stopped(script, flags, rerun, clips):
-    """SIGKILL after the second video; a slow clip makes the moment."""
+def test_killed_precompute_leaves_whole_files_and_goes_on(script, flags, rerun, clips):
+    """SIGKILL while the third video's file is half written."""
     slow = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import {script.__name__} as script
-write_item, written = script.write_item, []
-def write(path, **tensors):
-    if len(written) == 2 and path.parent.name == "videos":
-        partial = path.with_name("." + path.stem + ".0.partial")
-        partial.write_bytes(b"half")
-        print("NOW", flush=True)
-        time.sleep(60)
-    written.extend([path] if path.parent.name == "videos" else [])
-    write_item(path, **tensors)
-script.write_item = write
+save_file, written = script.save_file, []
+def save_half_of_the_third_video(tensors, path):
+    save_file(tensors, path)
+    if "moments" in tensors:
+        written.append(path)
+        if len(written) == 3:
+            whole = path.read_bytes()
+            path.write_bytes(whole[: len(whole) // 2])
+            print("NOW", flush=True)
+            time.sleep(60)
+script.save_file = save_half_of_the_third_video
 script.main(script.get_args(sys.argv[1:]))
 """
     words = flags(instance_data_root=clips, precompute_dir=None, max_train_steps=1)
@@ -199,8 +200,7 @@ script.main(script.get_args(sys.argv[1:]))
     assert process.stdout.readline() == "NOW\n"
     process.send_signal(signal.SIGKILL)
     process.wait()
-    folder = clips / ".cogvideox_precomputed"
-    whole = list(folder.glob("videos/*.safetensors"))
+    whole = list((clips / ".cogvideox_precomputed").glob("videos/*.safetensors"))
     assert len(whole) == 2
     assert all(load_file(path)["moments"].shape == (8, 3, 8, 12) for path in whole)
     counts = rerun()
