@@ -1053,7 +1053,7 @@ def get_optimizer(args: argparse.Namespace, params_to_optimize, use_deepspeed: b
     With `use_deepspeed`, the placeholder for the optimizer that DeepSpeed's own configuration defines.
     """
     if use_deepspeed:
-        from accelerate.utils import DummyOptim
+        from accelerate.utils.deepspeed import DummyOptim
 
         return DummyOptim(params_to_optimize, lr=args.learning_rate)
     common = {"lr": args.learning_rate, "eps": args.adam_epsilon, "weight_decay": args.adam_weight_decay}

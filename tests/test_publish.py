@@ -39,8 +39,8 @@ def test_names_and_parameters_stay(script, name):
 def test_prompts_are_encoded_as_the_pipeline_does(script, model):
     pipe = CogVideoXPipeline.from_pretrained(model)
     prompts = ["a red square moves left", "a blue square"]
-    theirs, _ = pipe.encode_prompt(prompts, None, False, num_videos_per_prompt=2)
-    with torch.no_grad():
+    with torch.no_grad():  # as the pipeline's own call is
+        theirs, _ = pipe.encode_prompt(prompts, None, False, num_videos_per_prompt=2)
         ours = script.encode_prompt(pipe.tokenizer, pipe.text_encoder, prompts, 2, 226, torch.device("cpu"))
     assert torch.equal(ours, theirs) and ours.shape == (4, 226, 32)
     ids = pipe.tokenizer(prompts, padding="max_length", max_length=226, return_tensors="pt").input_ids
@@ -55,7 +55,7 @@ def test_prompts_are_encoded_as_the_pipeline_does(script, model):
 
 
 def test_deepspeed_gets_a_placeholder(script, flags):
-    from accelerate.utils import DummyOptim
+    from accelerate.utils.deepspeed import DummyOptim
 
     args = script.get_args(flags())
     optimizer = script.get_optimizer(args, [torch.nn.Parameter(torch.zeros(1))], use_deepspeed=True)
