@@ -81,8 +81,7 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class RunError(Exception):
-    """A problem that ends the run in one message: exit code 2 for a wrong input, 3 for a loss that is not finite,
-    4 for a failed upload."""
+    """Ends the run in one message; exit code 2: wrong input, 3: loss that is not finite, 4: failed upload."""
 
     def __init__(self, message: str, exit_code: int = 2):
         super().__init__(message)
@@ -1162,7 +1161,7 @@ def save_checkpoint(args: argparse.Namespace, accelerator: Accelerator, state: T
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        content = {**dataclasses.asdict(state), "saved_at": time.time()}
+        content = {"saved_at": time.time(), "state": dataclasses.asdict(state)}
         (partial / "training_state.json").write_text(json.dumps(content, indent=1))
         replaced = folder.with_name(f".{folder.name}.replaced.partial")
         if folder.exists():  # an earlier run in the same output dir came this far
@@ -1193,8 +1192,7 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
 def resume(accelerator: Accelerator, folder: Path) -> TrainingState:
     """Load LoRA, optimizer, schedule and this process's random generators; returns where the run was."""
     accelerator.load_state(str(folder))
-    content = json.loads((folder / "training_state.json").read_text())
-    state = TrainingState(**{field.name: content[field.name] for field in dataclasses.fields(TrainingState)})
+    state = TrainingState(**json.loads((folder / "training_state.json").read_text())["state"])
     logger.info(f"Resumed {folder}: step {state.step}, epoch {state.epoch + 1}, batch {state.batch} of it")
     return state
 
@@ -1294,12 +1292,12 @@ def run_validation(
     if not prompts or not accelerator.is_main_process:
         return []
     logger.info(f"Validation at step {state.step}: {len(prompts)} prompts, {args.num_validation_videos} videos each")
-    dtype = DTYPES[accelerator.mixed_precision]
     videos, pipe = [], None
     transformer.eval()
     try:
         models = {"transformer": transformer, "scheduler": noise_scheduler, "tokenizer": None, "text_encoder": None}
-        pipe = CogVideoXPipeline(vae=load_vae(args, dtype).to(accelerator.device), **models)
+        vae = load_vae(args, DTYPES[accelerator.mixed_precision])
+        pipe = CogVideoXPipeline(vae=vae.to(accelerator.device), **models)
         pipe.set_progress_bar_config(desc="Sampling")
         for index, prompt in enumerate(prompts):
             embeds = {key: load_file(prompt_files[key])["prompt_embeds"][None] for key in (prompt, "")}  # [1, S, D]
@@ -1316,7 +1314,7 @@ def run_validation(
         logger.warning("Validation failed; training is not affected:", exc_info=True)
         videos = []
     finally:
-        pipe = None  # and with it the VAE
+        pipe = vae = None
         transformer.train()
         clear_device_cache(garbage_collection=True)
     return videos
