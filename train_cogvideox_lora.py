@@ -599,13 +599,14 @@ def read_config(args: argparse.Namespace, subfolder: str) -> dict:
 def model_identity(args: argparse.Namespace, *subfolders: str) -> dict:
     """What tells one encoder from another: its config, and its commit on the Hub or its files' size and mtime."""
     model = args.pretrained_model_name_or_path
-    identity = {"variant": args.variant, "config": read_config(args, subfolders[0])}
+    config_file = find_model_file(args, f"{subfolders[0]}/config.json")
+    identity = {"variant": args.variant, "config": json.loads(config_file.read_text(encoding="utf-8"))}
     if Path(model).is_dir():
         files = [path for subfolder in subfolders for path in sorted((Path(model) / subfolder).iterdir())]
         identity["files"] = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     else:
-        commit = find_model_file(args, f"{subfolders[0]}/config.json").parts[-3]  # snapshots/<commit>/vae/config.json
-        identity |= {"model": model, "revision": args.revision, "commit": commit}
+        # Its place in the Hub's cache ends in snapshots/<commit>/vae/config.json
+        identity |= {"model": model, "revision": args.revision, "commit": config_file.parts[-3]}
     return identity
 
 

@@ -3,8 +3,8 @@
     python benchmarks/host_memory.py
 
 Runs the text-to-video script on a tiny model, with 4 and with 24 clips made here, each in a process of its own, and
-prints the peak resident memory of both (the kernel's own figure, of the
-process and of its decoding workers) and the difference a clip. Takes some minutes on 2 cores.
+prints the peak resident memory of both (the kernel's own figure, of the process and of its decoding workers) and the
+difference a clip. Takes a quarter of an hour and more on 2 cores.
 """
 
 import argparse

@@ -54,8 +54,10 @@ def contact_sheet(video: Path, columns: int = 5) -> Path:
 
 def last_validation(folder: Path) -> list[Path]:
     """The videos of the latest step that has any."""
-    videos = sorted(folder.glob("*_step-*.mp4"), key=lambda path: path.name.split("_step-")[1])
-    return [path for path in videos if path.name.split("_step-")[1][:6] == videos[-1].name.split("_step-")[1][:6]]
+    by_step: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*_step-*.mp4")):
+        by_step.setdefault(path.name.split("_step-")[1].split("_")[0], []).append(path)
+    return by_step[max(by_step, key=int)] if by_step else []
 
 
 def size(path: Path) -> str:
