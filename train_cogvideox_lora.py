@@ -73,7 +73,11 @@ from transformers import T5EncoderModel, T5Tokenizer
 
 logger = logging.getLogger(__name__)
 
+KIND = "text-to-video"
+PIPELINE = CogVideoXPipeline
 DEFAULT_OUTPUT_DIR = "cogvideox-lora"
+KINDS = {1: "text-to-video", 2: "image-to-video"}  # by the latents on the input channels: noisy ones, an image's
+TRAINERS = {"text-to-video": "train_cogvideox_lora.py", "image-to-video": "train_cogvideox_image_to_video_lora.py"}
 LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 LORA_FILE = "pytorch_lora_weights.safetensors"
 CACHE_FORMAT = 1  # raise it when the content of a precomputed file changes for the same key
@@ -94,9 +98,7 @@ def listing(items: list[str], limit: int = 20) -> str:
     return "\n".join(shown + ([f"  … and {len(items) - limit} more"] if len(items) > limit else []))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Command line ---------------------------------------------------------------------------------------------------
 
 
 class OneLineErrorParser(argparse.ArgumentParser):
@@ -286,7 +288,7 @@ def check_args(args: argparse.Namespace) -> None:
         problems.append(f"--instance_data_root: there is no folder {args.instance_data_root}")
     elif not problems:
         problems += check_writable("--precompute_dir", precompute_folder(args))
-    if args.validation_prompt is not None and not args.validation_prompt_separator:
+    if not args.validation_prompt_separator:
         problems.append("--validation_prompt_separator must not be empty")
     if problems:
         raise RunError("these flags cannot work:\n" + listing(problems))
@@ -304,9 +306,7 @@ def validation_prompts(args: argparse.Namespace) -> list[str]:
     return args.validation_prompt.split(args.validation_prompt_separator) if args.validation_prompt else []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Data -----------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -572,9 +572,7 @@ class VideoDataset(Dataset):
         return {"instance_prompt": self.prompt(index), "instance_video": video}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Precompute: prompts and videos are encoded once, into one safetensors file an item, before the transformer loads
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Precompute: each prompt and clip is encoded once, into a safetensors file, before the transformer loads --------
 
 
 def find_model_file(args: argparse.Namespace, name: str) -> Path:
@@ -616,10 +614,11 @@ def check_model(args: argparse.Namespace, transformer_config: dict, vae_config: 
     if transformer_config.get("_class_name") != "CogVideoXTransformer3DModel":
         raise RunError(f"{model} is not a CogVideoX: its transformer is a {transformer_config.get('_class_name')}")
     in_channels, latent_channels = transformer_config["in_channels"], vae_config["latent_channels"]
-    if in_channels == 2 * latent_channels:
-        raise RunError(f"{model} is an image-to-video model: train it with train_cogvideox_image_to_video_lora.py")
-    if in_channels != latent_channels:
+    kind = KINDS.get(in_channels / latent_channels)
+    if kind is None:
         raise RunError(f"{model}: its transformer takes {in_channels} channels, its VAE makes {latent_channels}")
+    if kind != KIND:
+        raise RunError(f"{model} is a model for {kind}: train it with {TRAINERS[kind]}")
     if transformer_config.get("patch_size_t") is not None:
         raise RunError(f"{model} is a CogVideoX 1.5 (patch_size_t is set), which this script does not train yet")
     factor = vae_scale_factor(vae_config)
@@ -771,7 +770,8 @@ def precompute_videos(
     paths = []
     for record in dataset.records:
         content = {"source": video_source(record), "settings": settings, "dtype": str(dtype), "encoder": encoder}
-        paths.append(tuple(item_path(precompute_folder(args), "videos", flip=flip, **content) for flip in flips))
+        folder = precompute_folder(args)
+        paths.append(tuple(item_path(folder, "videos", made_for=KIND, flip=flip, **content) for flip in flips))
     new = list({files: i for i, files in enumerate(paths) if not all(file.exists() for file in files)}.values())
     logger.info(f"Videos: {len(paths) - len(new)} of {len(paths)} come from {precompute_folder(args)}")
     accelerator.wait_for_everyone()  # all have counted before the first one writes
@@ -801,15 +801,15 @@ def encode_videos(
             continue
         for flipped, path in enumerate(paths[index]):
             if not path.exists():
-                write_item(path, moments=encode_video(vae, video.flip(-1) if flipped else video))
+                pixels = video.flip(-1) if flipped else video  # [F, C, H, W]
+                tensors = {"moments": encode_video(vae, pixels)}
+                write_item(path, **tensors)
     del vae
     clear_device_cache(garbage_collection=True)
     return bad
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Batches --------------------------------------------------------------------------------------------------------
 
 
 class Batch(NamedTuple):
@@ -838,10 +838,7 @@ class LatentDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, bool]) -> Batch:
         index, flipped = key
-        return Batch(
-            load_file(self.video_files[index][int(flipped)])["moments"],  # [2c, f, h, w]
-            load_file(self.prompt_files[index])["prompt_embeds"],  # [S, D]
-        )
+        return Batch(**load_file(self.video_files[index][int(flipped)]), **load_file(self.prompt_files[index]))
 
 
 def collate(items: list[Batch]) -> Batch:
@@ -908,9 +905,7 @@ def get_dataloader(
     return loader, sampler
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Model
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Model ----------------------------------------------------------------------------------------------------------
 
 
 def pretrained_source(args: argparse.Namespace) -> dict:
@@ -951,7 +946,7 @@ def save_lora(transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
     `pipe.load_lora_weights(folder)` apply alpha / rank, once."""
     metadata = transformer.peft_config["default"].to_dict()
     with tempfile.TemporaryDirectory(dir=folder, prefix=".lora-", suffix=".partial") as partial:
-        CogVideoXPipeline.save_lora_weights(
+        PIPELINE.save_lora_weights(
             partial,
             transformer_lora_layers=get_peft_model_state_dict(transformer),
             transformer_lora_adapter_metadata=metadata,
@@ -969,9 +964,7 @@ def load_lora(transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
     set_peft_model_state_dict(transformer, state_dict, adapter_name="default")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Objective
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Objective ------------------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=32)
@@ -1033,8 +1026,9 @@ def diffusion_loss(
         timesteps = torch.randint(0, num_timesteps, (len(latents),), device=latents.device)  # [B] int64
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)  # [B, f, C, h, w]
     velocity_pred = transformer(
-        hidden_states=noisy_latents.to(dtype), encoder_hidden_states=prompt_embeds.to(dtype), timestep=timesteps,
-        image_rotary_emb=image_rotary_emb, return_dict=False,
+        hidden_states=noisy_latents.to(dtype),
+        encoder_hidden_states=prompt_embeds.to(dtype), timestep=timesteps, image_rotary_emb=image_rotary_emb,
+        return_dict=False,
     )[0].float()  # [B, f, C, h, w]
     x0_pred = noise_scheduler.get_velocity(velocity_pred, noisy_latents, timesteps)  # [B, f, C, h, w]
     alphas_cumprod = noise_scheduler.alphas_cumprod[timesteps].to(latents.dtype)  # [B]
@@ -1042,9 +1036,7 @@ def diffusion_loss(
     return (squared_error / (1 - alphas_cumprod)).mean()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimizer
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Optimizer ------------------------------------------------------------------------------------------------------
 
 
 def get_optimizer(args: argparse.Namespace, params_to_optimize, use_deepspeed: bool = False) -> torch.optim.Optimizer:
@@ -1113,9 +1105,7 @@ def get_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer,
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Checkpoints ----------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -1198,9 +1188,7 @@ def resume(accelerator: Accelerator, folder: Path) -> TrainingState:
     return state
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Validation and publishing
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Validation and publishing --------------------------------------------------------------------------------------
 
 
 def start_metrics(path: Path, step: int) -> None:
@@ -1251,7 +1239,7 @@ def send_videos(accelerator: Accelerator, tag: str, files: list[Path], caption: 
 
 
 def log_validation(
-    pipe: CogVideoXPipeline, args: argparse.Namespace, accelerator: Accelerator, pipeline_args: dict, epoch: int,
+    pipe: PIPELINE, args: argparse.Namespace, accelerator: Accelerator, pipeline_args: dict, epoch: int,
     is_final_validation: bool = False, step: int | None = None, name: str = "", caption: str | None = None,
 ) -> list[np.ndarray]:
     """Sample --num_validation_videos with `pipeline_args`, the same ones each time for one --seed.
@@ -1298,7 +1286,7 @@ def run_validation(
     try:
         models = {"transformer": transformer, "scheduler": noise_scheduler, "tokenizer": None, "text_encoder": None}
         vae = load_vae(args, DTYPES[accelerator.mixed_precision])
-        pipe = CogVideoXPipeline(vae=vae.to(accelerator.device), **models)
+        pipe = PIPELINE(vae=vae.to(accelerator.device), **models)
         pipe.set_progress_bar_config(desc="Sampling")
         for index, prompt in enumerate(prompts):
             embeds = {key: load_file(prompt_files[key])["prompt_embeds"][None] for key in (prompt, "")}  # [1, S, D]
@@ -1321,6 +1309,20 @@ def run_validation(
     return videos
 
 
+def usage_example(repo_id: str, base_model: str, prompt: str, fps: int) -> str:
+    """The lines of the card that load the LoRA and sample with it."""
+    return f"""import torch
+from diffusers import {PIPELINE.__name__}
+from diffusers.utils import export_to_video
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+pipe = {PIPELINE.__name__}.from_pretrained("{base_model}", dtype=torch.bfloat16).to(device)
+pipe.load_lora_weights("{repo_id}")  # applies alpha / rank: no further scale is needed
+
+video = pipe({json.dumps(prompt)}).frames[0]
+export_to_video(video, "output.mp4", fps={fps})"""
+
+
 def save_model_card(
     repo_id: str, videos: list | None = None, base_model: str | None = None, validation_prompt: str | None = None,
     repo_folder: str | None = None, fps: int = 8,
@@ -1334,7 +1336,7 @@ def save_model_card(
         widget.append({"text": validation_prompt or " ", "output": {"url": name}})
     data = ModelCardData(
         base_model=base_model, library_name="diffusers", license="other",
-        tags=["text-to-video", "diffusers-training", "diffusers", "lora", "cogvideox", "template:sd-lora"],
+        tags=[KIND, "diffusers-training", "diffusers", "lora", "cogvideox", "template:sd-lora"],
         widget=widget or None,
     )
     content = f"""---
@@ -1343,19 +1345,10 @@ def save_model_card(
 
 # {repo_id}
 
-LoRA weights for {base_model}, a text-to-video model.
+LoRA weights for {KIND} with {base_model}.
 
 ```py
-import torch
-from diffusers import CogVideoXPipeline
-from diffusers.utils import export_to_video
-
-device = "cuda" if torch.cuda.is_available() else "cpu"
-pipe = CogVideoXPipeline.from_pretrained("{base_model}", dtype=torch.bfloat16).to(device)
-pipe.load_lora_weights("{repo_id}")  # applies alpha / rank: no further scale is needed
-
-video = pipe({json.dumps(validation_prompt or "your prompt")}).frames[0]
-export_to_video(video, "output.mp4", fps={fps})
+{usage_example(repo_id, base_model, validation_prompt or "your prompt", fps)}
 ```
 
 The base model's licence applies to these weights too.
@@ -1388,9 +1381,7 @@ def upload(args: argparse.Namespace, repo_id: str) -> None:
         ) from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Training -------------------------------------------------------------------------------------------------------
 
 
 def get_accelerator(args: argparse.Namespace) -> Accelerator:

@@ -22,26 +22,62 @@ import pytest  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+from PIL import Image  # noqa: E402
 
 torch.set_num_threads(2)
+SCRIPTS = {"train_cogvideox_lora": "t2v", "train_cogvideox_image_to_video_lora": "i2v"}
 
 
-@pytest.fixture(params=["train_cogvideox_lora"])
+@pytest.fixture(params=SCRIPTS, ids=SCRIPTS.values())
 def script(request):
     """Each training script as a module."""
     return importlib.import_module(request.param)
 
 
-@pytest.fixture(scope="session")
-def model(tmp_path_factory) -> Path:
-    """A tiny text-to-video model with rotary positions, as 5B."""
-    return tiny.make_model(tmp_path_factory.mktemp("model") / "cogvideox-tiny")
+@pytest.fixture
+def t2v():
+    return importlib.import_module("train_cogvideox_lora")
+
+
+@pytest.fixture
+def i2v():
+    return importlib.import_module("train_cogvideox_image_to_video_lora")
+
+
+@pytest.fixture
+def kind(script) -> str:
+    """t2v or i2v, as the script in hand."""
+    return SCRIPTS[script.__name__]
 
 
 @pytest.fixture(scope="session")
-def plain_model(tmp_path_factory) -> Path:
-    """A tiny text-to-video model with sincos positions, as 2B."""
-    return tiny.make_model(tmp_path_factory.mktemp("plain") / "cogvideox-tiny-plain", rotary=False)
+def models(tmp_path_factory) -> dict[str, Path]:
+    """A tiny model of each kind that the tests train: 5B (rotary positions), 2B (sincos), I2V of any size, 5B-I2V."""
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "t2v": tiny.make_model(folder / "cogvideox-tiny"),
+        "t2v sincos": tiny.make_model(folder / "cogvideox-tiny-plain", rotary=False),
+        "i2v": tiny.make_model(folder / "cogvideox-tiny-i2v", "i2v"),
+        "i2v learned": tiny.make_model(
+            folder / "cogvideox-tiny-i2v-learned", "i2v", use_learned_positional_embeddings=True
+        ),
+    }
+
+
+@pytest.fixture
+def model(models, kind) -> Path:
+    """The tiny model that the script in hand trains, of any size."""
+    return models[kind]
+
+
+@pytest.fixture(scope="session")
+def start_images(tmp_path_factory) -> list[Path]:
+    """First frames to validate with, of the tests' size."""
+    folder = tmp_path_factory.mktemp("images")
+    paths = [folder / f"{color}.png" for color in tiny.COLORS]
+    for path in paths:
+        Image.fromarray(tiny.moving_square(1, 64, 96, tiny.COLORS[path.stem])[0]).save(path)
+    return paths
 
 
 @pytest.fixture(scope="session")
@@ -71,8 +107,11 @@ def fresh_process_state(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def flags(model, shared_clips, shared_precomputed, tmp_path):
-    """The flags of a short run; `flags(rank=2, random_flip=True, seed=None)` adds to them, or leaves out."""
+def flags(kind, model, shared_clips, shared_precomputed, start_images, tmp_path):
+    """The flags of a short run; `flags(rank=2, random_flip=True, seed=None)` adds to them, or leaves out.
+
+    For image-to-video, validation prompts without images get some.
+    """
 
     def make(**changes) -> list[str]:
         values = {
@@ -93,6 +132,9 @@ def flags(model, shared_clips, shared_precomputed, tmp_path):
             "seed": 0,
             "mixed_precision": "no",
         } | changes
+        if kind == "i2v" and values.get("validation_prompt"):
+            prompts = values["validation_prompt"].split(":::")
+            values.setdefault("validation_images", ":::".join(str(path) for path in start_images[: len(prompts)]))
         words = []
         for name, value in values.items():
             if value is True:

@@ -49,6 +49,9 @@ NUMBERS = {
 }
 
 
+ONLY_I2V = pytest.mark.parametrize("script", ["train_cogvideox_image_to_video_lora"], indirect=True, ids=["i2v"])
+
+
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers(fail, name):
     value, message = NUMBERS[name]
@@ -163,21 +166,68 @@ def test_table_errors(fail, tmp_path):
     assert "--dataset_name" in fail(**columns | {"dataset_name": tmp_path / "none.csv"})
 
 
-def test_image_to_video_model_is_refused_by_name(fail, tmp_path):
-    other = tiny.make_model(tmp_path / "i2v", in_channels=8, use_learned_positional_embeddings=True)
-    said = fail(pretrained_model_name_or_path=other)
-    assert "image-to-video" in said and "train_cogvideox_image_to_video_lora.py" in said
+def test_model_of_the_other_kind_is_refused_by_name(fail, kind, models):
+    """Nothing is decoded or encoded before, as `fail` looks."""
+    if kind == "t2v":
+        said = fail(pretrained_model_name_or_path=models["i2v learned"])
+        assert "image-to-video" in said and "train it with train_cogvideox_image_to_video_lora.py" in said
+    else:
+        said = fail(pretrained_model_name_or_path=models["t2v"])
+        assert "text-to-video" in said and "train it with train_cogvideox_lora.py" in said
 
 
-def test_size_of_a_model_with_learned_positions(fail, tmp_path):
-    other = tiny.make_model(tmp_path / "learned", use_learned_positional_embeddings=True)
+def test_transformer_and_vae_that_are_not_of_one_model(fail, kind, tmp_path):
+    other = tiny.make_model(tmp_path / "other", kind, in_channels=12)
+    assert "its transformer takes 12 channels, its VAE makes 4" in fail(pretrained_model_name_or_path=other)
+
+
+def test_size_of_a_model_with_learned_positions(fail, kind, tmp_path):
+    other = tiny.make_model(tmp_path / "learned", kind, use_learned_positional_embeddings=True)
     said = fail(pretrained_model_name_or_path=other, height=96)
-    assert "--height 64 --width 96" in said
+    assert "--height 64 --width 96" in said and "not 96 x 96" in said
 
 
-def test_cogvideox_1_5_is_refused(fail, tmp_path):
-    other = tiny.make_model(tmp_path / "v15", patch_size_t=2)
+def test_cogvideox_1_5_is_refused(fail, kind, tmp_path):
+    other = tiny.make_model(tmp_path / "v15", kind, patch_size_t=2)
     assert "CogVideoX 1.5" in fail(pretrained_model_name_or_path=other)
+
+
+@ONLY_I2V
+@pytest.mark.parametrize("images", [None, "one.png", "one.png:::one.png:::one.png"])
+def test_prompts_and_images_that_do_not_pair_up(fail, start_images, images):
+    if images:
+        images = images.replace("one.png", str(start_images[0]))
+    said = fail(validation_prompt="a:::b", validation_images=images)
+    count = len(images.split(":::")) if images else 0
+    assert f"2 in --validation_prompt, {count} in --validation_images" in said
+
+
+@ONLY_I2V
+def test_images_without_prompts(fail, start_images):
+    said = fail(validation_images=start_images[0])
+    assert "0 in --validation_prompt, 1 in --validation_images" in said
+
+
+@ONLY_I2V
+def test_images_that_do_not_open_are_listed_together(fail, start_images, tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    whole = start_images[0].read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    bad = [tmp_path / name for name in ("none.png", "text.png", "half.png")]
+    said = fail(validation_prompt="a:::b:::c:::d", validation_images=":::".join(map(str, [start_images[0], *bad])))
+    assert all(f"--validation_images: {path} cannot be opened" in said for path in bad)
+    assert str(start_images[0]) not in said
+
+
+@ONLY_I2V
+@pytest.mark.parametrize("dropout", [-0.1, 1.1, "nan"])
+def test_dropout_that_is_no_probability(fail, dropout):
+    assert "--noised_image_dropout must be from 0 to 1" in fail(noised_image_dropout=dropout)
+
+
+def test_empty_separator(fail):
+    said = fail(validation_prompt="a", validation_images=None, validation_prompt_separator="")
+    assert "--validation_prompt_separator must not be empty" in said
 
 
 def test_models_that_are_none(fail, model, tmp_path):

@@ -9,10 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SCRIPTS
 
 ORIGINALS = list(csv.DictReader((Path(__file__).parent / "original_flags.csv").open()))
-COLUMN = {"train_cogvideox_lora": "t2v"}
 REQUIRED = ["--pretrained_model_name_or_path", "m"]
 
 
@@ -35,10 +34,11 @@ def parser_actions(script) -> dict[str, argparse.Action]:
 
 @pytest.mark.parametrize("row", ORIGINALS, ids=lambda row: row["flag"])
 def test_original_flag_has_its_type_and_default(script, row):
-    column = COLUMN[script.__name__]
+    column = SCRIPTS[script.__name__]
     newly_in_both = row["flag"] in ("--video_reshape_mode", "--nccl_timeout")
     if not row[column] and not newly_in_both:
-        pytest.skip("not a flag of this script")
+        assert row["flag"] not in parser_actions(script)
+        return
     action = parser_actions(script)[row["flag"]]
     if row["default"] == "required":
         assert action.required
@@ -113,8 +113,8 @@ def test_every_declared_flag_is_read(script, flags, monkeypatch):
     assert not unread
 
 
-def original_command(model, clips, output) -> list[str]:
-    """The originals' published command, at a size for the tiny model."""
+def original_command(kind, model, clips, output) -> list[str]:
+    """The originals' published command, at a size for the tiny model; {images} stands for the start images."""
     command = (
         f"--gradient_checkpointing --pretrained_model_name_or_path {model} --cache_dir {output}/cache --enable_tiling "
         f"--enable_slicing --instance_data_root {clips} --caption_column prompts.txt --video_column videos.txt "
@@ -126,17 +126,19 @@ def original_command(model, clips, output) -> list[str]:
         "--lr_warmup_steps 200 --lr_num_cycles 1 --optimizer AdamW --adam_beta1 0.9 --adam_beta2 0.95 "
         "--max_grad_norm 1.0 --allow_tf32 --report_to wandb"
     )
+    if kind == "i2v":
+        command += " --validation_images {images} --noised_image_dropout 0.05 --video_reshape_mode center"
     return command.split()
 
 
-def test_originals_command_line_trains(script, model, clips, tmp_path):
+def test_originals_command_line_trains(script, kind, models, clips, start_images, tmp_path):
     """Launched as a user launches it, 50 denoising steps of validation and all."""
     output = tmp_path / "output"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
     launch += ["--config_file", str(ROOT / "accelerate_configs/cpu.yaml"), str(ROOT / f"{script.__name__}.py")]
-    done = subprocess.run(
-        launch + original_command(model, clips, output), capture_output=True, text=True, env=os.environ, cwd=tmp_path
-    )
+    words = original_command(kind, models[{"t2v": "t2v", "i2v": "i2v learned"}[kind]], clips, output)
+    words = [word.format(images=":::".join(map(str, start_images[:2]))) for word in words]
+    done = subprocess.run(launch + words, capture_output=True, text=True, env=os.environ, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (output / script.LORA_FILE).is_file()
     assert len((output / "metrics.jsonl").read_text().splitlines()) == 30 * 4
@@ -146,8 +148,8 @@ def test_originals_command_line_trains(script, model, clips, tmp_path):
     assert list((output / "logs" / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
-def test_published_bf16_command_line_parses(script):
-    words = original_command("m", "d", "o")
+def test_published_bf16_command_line_parses(script, kind):
+    words = original_command(kind, "m", "d", "o")
     words[words.index("--mixed_precision") + 1] = "bf16"
     args = script.get_args(words)
     assert (args.mixed_precision, args.optimizer, args.rank, args.lora_alpha) == ("bf16", "adamw", 128, 64)

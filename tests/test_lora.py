@@ -3,7 +3,7 @@
 import json
 
 import torch
-from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -33,9 +33,9 @@ def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-def test_file_alone_gives_the_trained_outputs(script, plain_model, tmp_path):
-    trained = randomised_lora(script, plain_model, tmp_path)
-    pipe = CogVideoXPipeline.from_pretrained(plain_model)
+def test_file_alone_gives_the_trained_outputs(script, model, tmp_path):
+    trained = randomised_lora(script, model, tmp_path)
+    pipe = DiffusionPipeline.from_pretrained(model)
     inputs = transformer_inputs(trained.config)
     with torch.no_grad():
         base = pipe.transformer(**inputs)[0]
@@ -45,9 +45,9 @@ def test_file_alone_gives_the_trained_outputs(script, plain_model, tmp_path):
     assert relative_difference(base, expected) > 0.01  # the LoRA is not negligible here
 
 
-def test_equals_weights_merged_by_hand(script, plain_model, tmp_path):
-    trained = randomised_lora(script, plain_model, tmp_path)
-    merged = CogVideoXTransformer3DModel.from_pretrained(plain_model, subfolder="transformer").eval()
+def test_equals_weights_merged_by_hand(script, model, tmp_path):
+    trained = randomised_lora(script, model, tmp_path)
+    merged = CogVideoXTransformer3DModel.from_pretrained(model, subfolder="transformer").eval()
     lora = load_file(tmp_path / script.LORA_FILE)
     scale = 2 / 4
     merged_layers = 0

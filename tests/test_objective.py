@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+from conftest import SCRIPTS
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXTransformer3DModel, DiffusionPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from PIL import Image
 
 PROMPT = "a red square moves right"  # the caption of the first clip
 
@@ -22,28 +24,37 @@ def record_inputs(monkeypatch) -> list[dict]:
     return calls
 
 
-@pytest.mark.parametrize("size", [(64, 96, 9), (96, 64, 5)], ids=["own size", "other size"])
-@pytest.mark.parametrize("rotary", [True, False], ids=["rotary", "sincos"])
-def test_inputs_are_the_pipelines(run, model, plain_model, clips, monkeypatch, rotary, size):
+OWN, OTHER = (64, 96, 9), (96, 64, 5)
+T2V, I2V = SCRIPTS
+INPUTS = [
+    (T2V, "t2v", OWN), (T2V, "t2v", OTHER), (T2V, "t2v sincos", OWN), (T2V, "t2v sincos", OTHER),
+    (I2V, "i2v", OWN), (I2V, "i2v", OTHER), (I2V, "i2v learned", OWN),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("script", "name", "size"), INPUTS, indirect=["script"])
+def test_inputs_are_the_pipelines(run, kind, models, name, size, clips, monkeypatch):
     height, width, frames = size
-    folder = model if rotary else plain_model
+    folder = models[name]
     (clips / "prompts.txt").write_text(f"{PROMPT}\n")
     (clips / "videos.txt").write_text("videos/00.mp4\n")
     calls = record_inputs(monkeypatch)
     changes = {"pretrained_model_name_or_path": folder, "instance_data_root": clips, "max_train_steps": 1}
     run(**changes, height=height, width=width, max_num_frames=frames)
     trained = calls.pop()
-    pipe = CogVideoXPipeline.from_pretrained(folder)
-    pipe(PROMPT, height=height, width=width, num_frames=frames, num_inference_steps=1, output_type="latent")
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    ask = {"prompt": PROMPT} | ({"image": Image.new("RGB", (width, height))} if kind == "i2v" else {})
+    pipe(**ask, height=height, width=width, num_frames=frames, num_inference_steps=1, output_type="latent")
     sampled = calls.pop()  # batch: without and with the prompt
 
-    assert set(trained) | {"attention_kwargs"} == set(sampled)
+    assert sampled.pop("ofs", None) is sampled.pop("attention_kwargs") is None
+    assert set(trained) == set(sampled)
     assert trained["hidden_states"].shape == (1, *sampled["hidden_states"].shape[1:])
     assert trained["hidden_states"].dtype == sampled["hidden_states"].dtype
     assert torch.equal(trained["encoder_hidden_states"][0], sampled["encoder_hidden_states"][1])
     assert trained["timestep"].dtype == sampled["timestep"].dtype == torch.int64
     assert trained["timestep"].shape == (1,)
-    if rotary:
+    if "sincos" not in name:
         for ours, theirs in zip(trained["image_rotary_emb"], sampled["image_rotary_emb"], strict=True):
             assert torch.equal(ours, theirs)
     else:
@@ -52,7 +63,7 @@ def test_inputs_are_the_pipelines(run, model, plain_model, clips, monkeypatch, r
 
 def test_latents_have_the_pipelines_layout_and_scale(script, model):
     """The pipeline's own decoding undoes what training does to the VAE's output."""
-    pipe = CogVideoXPipeline.from_pretrained(model)
+    pipe = DiffusionPipeline.from_pretrained(model)
     video = torch.rand(9, 3, 64, 96) * 2 - 1  # [F, C, H, W]
     moments = script.encode_video(pipe.vae, video)  # [2c, f, h, w]
     torch.manual_seed(3)
@@ -65,8 +76,18 @@ def test_latents_have_the_pipelines_layout_and_scale(script, model):
     torch.testing.assert_close(decoded, expected, rtol=1e-4, atol=1e-4)
 
 
+def loss_of(script, kind, transformer, scheduler, latents, **drawn) -> torch.Tensor:
+    """`diffusion_loss` on `latents`, with no prompt and no image."""
+    image = {"image_latents": torch.zeros_like(latents)} if kind == "i2v" else {}
+    prompt_embeds = torch.zeros(len(latents), 226, 32)
+    return script.diffusion_loss(
+        transformer, scheduler, latents=latents, prompt_embeds=prompt_embeds, image_rotary_emb=None,
+        dtype=torch.float32, **image, **drawn,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("scheduler_class", [CogVideoXDDIMScheduler, CogVideoXDPMScheduler])
-def test_loss_is_the_one_written_by_hand(script, scheduler_class):
+def test_loss_is_the_one_written_by_hand(script, kind, scheduler_class):
     scheduler = scheduler_class(
         prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=1.0, timestep_spacing="trailing"
     )
@@ -80,13 +101,11 @@ def test_loss_is_the_one_written_by_hand(script, scheduler_class):
         seen.update(noisy=hidden_states, timestep=timestep)
         return (guess,)
 
-    loss = script.diffusion_loss(
-        transformer, scheduler, latents, torch.zeros(2, 226, 32), None, torch.float32, noise, timesteps
-    )
+    loss = loss_of(script, kind, transformer, scheduler, latents, noise=noise, timesteps=timesteps)
     alpha_bar = scheduler.alphas_cumprod[timesteps].double().view(2, 1, 1, 1, 1)
     signal, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     noisy = signal * latents.double() + sigma * noise.double()
-    torch.testing.assert_close(seen["noisy"].double(), noisy, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(seen["noisy"][:, :, :4].double(), noisy, rtol=1e-5, atol=1e-5)
     x0 = signal * noisy - sigma * guess.double()
     by_hand = sum(((x0[i] - latents[i].double()) ** 2 / (1 - alpha_bar[i])).mean() for i in range(2)) / 2
     torch.testing.assert_close(loss.double(), by_hand, rtol=1e-3, atol=0)
@@ -94,18 +113,17 @@ def test_loss_is_the_one_written_by_hand(script, scheduler_class):
     torch.testing.assert_close(loss.double(), ((guess.double() - velocity) ** 2).mean(), rtol=1e-3, atol=0)
 
 
-def test_timesteps_cover_all_noise_levels_and_differ_in_a_batch(script):
+def test_timesteps_cover_all_noise_levels_and_differ_in_a_batch(script, kind):
     drawn = []
 
     def transformer(hidden_states, timestep, **_):
         drawn.append(timestep)
-        return (hidden_states,)
+        return (hidden_states[:, :, :1],)
 
     scheduler = CogVideoXDPMScheduler(prediction_type="v_prediction")
     torch.manual_seed(0)
     for _ in range(200):
-        latents, prompt_embeds = torch.zeros(64, 1, 1, 1, 1), torch.zeros(64, 1, 1)
-        script.diffusion_loss(transformer, scheduler, latents, prompt_embeds, None, torch.float32)
+        loss_of(script, kind, transformer, scheduler, torch.zeros(64, 1, 1, 1, 1))
     counts = torch.bincount(torch.cat(drawn), minlength=1000)
     assert len(counts) == 1000 and counts.min() >= 1  # 12800 draws: a level stays out with probability 3e-6
 
@@ -119,7 +137,7 @@ def test_a_fresh_latent_sample_each_step(script):
 
 
 def test_stored_moments_are_the_vaes(script, model):
-    vae = CogVideoXPipeline.from_pretrained(model).vae
+    vae = DiffusionPipeline.from_pretrained(model).vae
     video = torch.rand(5, 3, 64, 96) * 2 - 1
     stored = DiagonalGaussianDistribution(script.encode_video(vae, video)[None])
     direct = vae.encode(video.permute(1, 0, 2, 3)[None]).latent_dist

@@ -14,7 +14,7 @@ from transformers import T5EncoderModel
 
 @pytest.fixture
 def encoded(script, monkeypatch):
-    """Counts what a run encodes and loads: {"prompts": [...], "videos": n, "t5": n, "vae": n}."""
+    """Counts what a run encodes and loads: {"prompts": [...], "videos": n, "images": n, "t5": n, "vae": n}."""
     counts = {}
     encode_prompt, encode_video, load_vae = script.encode_prompt, script.encode_video, script.load_vae
     load_t5 = T5EncoderModel.from_pretrained.__func__
@@ -23,9 +23,9 @@ def encoded(script, monkeypatch):
         counts["prompts"].append(prompt)
         return encode_prompt(tokenizer, text_encoder, prompt, *args)
 
-    def counting_encode_video(*args):
-        counts["videos"] += 1
-        return encode_video(*args)
+    def counting_encode_video(vae, video):
+        counts["videos" if len(video) > 1 else "images"] += 1
+        return encode_video(vae, video)
 
     def counting_load_vae(*args):
         counts["vae"] += 1
@@ -41,7 +41,7 @@ def encoded(script, monkeypatch):
     monkeypatch.setattr(T5EncoderModel, "from_pretrained", classmethod(counting_load_t5))
 
     def reset():
-        counts.update(prompts=[], videos=0, t5=0, vae=0)
+        counts.update(prompts=[], videos=0, images=0, t5=0, vae=0)
         return counts
 
     reset()
@@ -61,12 +61,12 @@ def rerun(run, clips, encoded):
     return once
 
 
-def test_second_run_loads_neither_encoder(rerun, clips):
+def test_second_run_loads_neither_encoder(rerun, kind, clips):
     first = rerun()
-    assert (first["t5"], first["vae"], first["videos"]) == (1, 1, 4)
+    assert (first["t5"], first["vae"], first["videos"], first["images"]) == (1, 1, 4, {"t2v": 0, "i2v": 4}[kind])
     assert sorted(first["prompts"]) == sorted([*(clips / "prompts.txt").read_text().split("\n")[:4], ""])
     second = rerun()
-    assert (second["t5"], second["vae"], second["videos"], second["prompts"]) == (0, 0, 0, [])
+    assert (second["t5"], second["vae"], second["videos"], second["images"], second["prompts"]) == (0, 0, 0, 0, [])
     assert (clips / ".cogvideox_precomputed").is_dir()
 
 

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from diffusers import CogVideoXPipeline
+from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -37,7 +37,7 @@ def test_names_and_parameters_stay(script, name):
 
 
 def test_prompts_are_encoded_as_the_pipeline_does(script, model):
-    pipe = CogVideoXPipeline.from_pretrained(model)
+    pipe = DiffusionPipeline.from_pretrained(model)
     prompts = ["a red square moves left", "a blue square"]
     with torch.no_grad():  # as the pipeline's own call is
         theirs, _ = pipe.encode_prompt(prompts, None, False, num_videos_per_prompt=2)
@@ -62,11 +62,11 @@ def test_deepspeed_gets_a_placeholder(script, flags):
     assert isinstance(optimizer, DummyOptim)
 
 
-@pytest.mark.parametrize("kind", ["arrays", "images", "none"])
-def test_model_card(script, tmp_path, kind):
+@pytest.mark.parametrize("form", ["arrays", "images", "none"])
+def test_model_card(script, kind, tmp_path, form):
     frames = np.random.default_rng(0).random((5, 64, 96, 3))
     images = [Image.fromarray((frame * 255).astype(np.uint8)) for frame in frames]
-    videos = {"arrays": [frames, frames], "images": [images], "none": None}[kind]
+    videos = {"arrays": [frames, frames], "images": [images], "none": None}[form]
     prompt = 'a "red" square'
     script.save_model_card("me/lora", videos, "THUDM/CogVideoX-2b", prompt, str(tmp_path), fps=12)
     card = ModelCard.load(tmp_path / "README.md")
@@ -76,6 +76,8 @@ def test_model_card(script, tmp_path, kind):
     assert all((tmp_path / name).stat().st_size > 0 for name in shown)
     (code,) = re.findall(r"```py\n(.*?)```", card.text, flags=re.DOTALL)
     ast.parse(code)
+    assert ({"t2v": "text-to-video", "i2v": "image-to-video"}[kind]) in card.data.tags
+    assert {"t2v": "CogVideoXPipeline", "i2v": "CogVideoXImageToVideoPipeline"}[kind] + ".from_pretrained" in code
     assert "load_lora_weights" in code and "set_adapters" not in card.text and prompt.replace('"', '\\"') in code
 
 

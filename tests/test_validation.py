@@ -55,16 +55,18 @@ def test_seed_zero_is_a_seed_and_samples_repeat(script, run, monkeypatch):
     assert not torch.equal(first[0], first[1])  # two videos of one prompt differ
 
 
-def test_it_is_what_the_saved_lora_gives(script, run, model, monkeypatch):
+def test_it_is_what_the_saved_lora_gives(script, run, kind, model, start_images, monkeypatch):
     """The final validation equals a fresh pipeline that loads the LoRA from the output folder."""
-    from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
+    from diffusers import CogVideoXDPMScheduler, DiffusionPipeline
+    from PIL import Image
 
     ours = sampled(script, run, monkeypatch, learning_rate=1e-2)
-    pipe = CogVideoXPipeline.from_pretrained(model)
+    pipe = DiffusionPipeline.from_pretrained(model)
     pipe.scheduler = CogVideoXDPMScheduler.from_config(pipe.scheduler.config)
     pipe.load_lora_weights("output")
     size = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 2}
-    theirs = pipe("a red square", **size, generator=torch.Generator().manual_seed(0), output_type="np").frames
+    ask = {"prompt": "a red square"} | ({"image": Image.open(start_images[0])} if kind == "i2v" else {})
+    theirs = pipe(**ask, **size, generator=torch.Generator().manual_seed(0), output_type="np").frames
     torch.testing.assert_close(ours[0], torch.from_numpy(theirs[0]), rtol=1e-3, atol=1e-3)
 
 

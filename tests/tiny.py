@@ -1,9 +1,9 @@
 """Tiny CogVideoX models and clips, made from configs and arrays: what the tests and the demo train on.
 
-    python tests/tiny.py FOLDER
+    python tests/tiny.py FOLDER [--kind i2v]
 
 writes what the demo needs: FOLDER/model, whose transformer was trained for half a minute to make squares in four
-colors, and FOLDER/clips, white squares that it has not seen.
+colors, and FOLDER/clips, white squares that it has not seen; for image-to-video also FOLDER/images, first frames.
 """
 
 import argparse
@@ -15,7 +15,8 @@ import imageio
 import numpy as np
 import sentencepiece
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel, DiffusionPipeline
+from PIL import Image
 from transformers import T5Config, T5EncoderModel
 
 COLORS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 80, 230), "yellow": (230, 210, 40)}
@@ -51,7 +52,7 @@ def make_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def make_vae() -> AutoencoderKLCogVideoX:
+def make_vae(**overrides) -> AutoencoderKLCogVideoX:
     """A VAE that works without training: a latent pixel is the mean of its 4 x 8 x 8 pixels, decoding repeats it.
 
     The first three latent channels are red, green and blue, the fourth is their mean. Written into the real
@@ -69,6 +70,7 @@ def make_vae() -> AutoencoderKLCogVideoX:
         norm_num_groups=3,
         sample_height=96,  # tiles of 48 x 80 pixels: sizes that --enable_tiling puts together without a seam
         sample_width=160,
+        **overrides,
     )
     encoder, decoder = vae.encoder, vae.decoder
     large = 30.0
@@ -126,10 +128,13 @@ def make_scheduler() -> CogVideoXDDIMScheduler:
     )
 
 
-def make_model(folder: Path, rotary: bool = True, **transformer_overrides) -> Path:
+def make_model(
+    folder: Path, kind: str = "t2v", rotary: bool = True, vae_overrides: dict | None = None, **transformer_overrides
+) -> Path:
     """A whole CogVideoX in `folder`, as `save_pretrained` lays it out, small enough to train on a CPU in seconds.
 
-    The VAE works, the transformer and the text encoder are random.
+    `kind` is t2v or i2v; 5B-I2V has use_learned_positional_embeddings=True. The VAE works, the transformer and the
+    text encoder are random.
     """
     make_tokenizer(folder / "tokenizer")
     torch.manual_seed(0)
@@ -137,11 +142,15 @@ def make_model(folder: Path, rotary: bool = True, **transformer_overrides) -> Pa
         vocab_size=128, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"
     )
     T5EncoderModel(text_config).save_pretrained(folder / "text_encoder")
-    make_vae().save_pretrained(folder / "vae")
-    make_transformer(rotary=rotary, **transformer_overrides).save_pretrained(folder / "transformer")
+    make_vae(**vae_overrides or {}).save_pretrained(folder / "vae")
+    channels = {"in_channels": {"t2v": 4, "i2v": 8}[kind]}
+    transformer = make_transformer(rotary=rotary, **channels | transformer_overrides)
+    if transformer.config.use_learned_positional_embeddings:
+        transformer.patch_embed.pos_embedding += torch.randn_like(transformer.patch_embed.pos_embedding) / 10
+    transformer.save_pretrained(folder / "transformer")
     make_scheduler().save_pretrained(folder / "scheduler")
     index = {
-        "_class_name": "CogVideoXPipeline",
+        "_class_name": {"t2v": "CogVideoXPipeline", "i2v": "CogVideoXImageToVideoPipeline"}[kind],
         "tokenizer": ["transformers", "T5Tokenizer"],
         "text_encoder": ["transformers", "T5EncoderModel"],
         "vae": ["diffusers", "AutoencoderKLCogVideoX"],
@@ -197,8 +206,9 @@ def make_clips(
 def pretrain(folder: Path, steps: int, batch_size: int = 16, learning_rate: float = 2e-3) -> None:
     """Train all of the transformer of the model in `folder` on squares in COLORS, so that a LoRA has something to
     build on: plain v-prediction on exact latents, with the captions' embeddings."""
-    pipe = CogVideoXPipeline.from_pretrained(folder)
+    pipe = DiffusionPipeline.from_pretrained(folder)
     transformer, config = pipe.transformer.train(), pipe.transformer.config
+    takes_image = config.in_channels == 2 * pipe.vae.config.latent_channels
     height, width = config.sample_height * 8, config.sample_width * 8
     latents, embeds = [], []
     with torch.no_grad():
@@ -219,8 +229,13 @@ def pretrain(folder: Path, steps: int, batch_size: int = 16, learning_rate: floa
         chosen = torch.randint(0, len(latents), (batch_size,))
         noise, timesteps = torch.randn_like(latents[chosen]), torch.randint(0, 1000, (batch_size,))
         velocity = pipe.scheduler.get_velocity(latents[chosen], noise, timesteps)
+        noisy_latents = pipe.scheduler.add_noise(latents[chosen], noise, timesteps)  # [B, f, c, h, w]
+        if takes_image:
+            image_latents = torch.zeros_like(noisy_latents)
+            image_latents[:, :1] = latents[chosen, :1]
+            noisy_latents = torch.cat([noisy_latents, image_latents], dim=2)  # [B, f, 2c, h, w]
         velocity_pred = transformer(
-            hidden_states=pipe.scheduler.add_noise(latents[chosen], noise, timesteps),
+            hidden_states=noisy_latents,
             encoder_hidden_states=embeds[chosen],
             timestep=timesteps,
             image_rotary_emb=rotary,
@@ -237,11 +252,17 @@ def pretrain(folder: Path, steps: int, batch_size: int = 16, learning_rate: floa
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--kind", choices=["t2v", "i2v"], default="t2v")
     parser.add_argument("--steps", type=int, default=600, help="of training the base model")
     arguments = parser.parse_args()
-    print(f"Making a tiny CogVideoX and four clips in {arguments.folder}", flush=True)
-    make_model(
-        arguments.folder / "model", num_attention_heads=4, num_layers=3, time_embed_dim=64, max_text_seq_length=32
-    )
+    print(f"Making a tiny CogVideoX ({arguments.kind}) and four clips in {arguments.folder}", flush=True)
+    size = {"num_attention_heads": 4, "num_layers": 3, "time_embed_dim": 64, "max_text_seq_length": 32}
+    learned = {"use_learned_positional_embeddings": arguments.kind == "i2v"}
+    make_model(arguments.folder / "model", arguments.kind, **size, **learned)
     pretrain(arguments.folder / "model", arguments.steps)
     make_clips(arguments.folder / "clips", colors=WHITE)
+    if arguments.kind == "i2v":
+        (arguments.folder / "images").mkdir(exist_ok=True)
+        for way in WAYS:
+            frames = moving_square(9, 64, 96, WHITE["white"], way)
+            Image.fromarray(frames[0]).save(arguments.folder / "images" / f"{way}.png")

@@ -1,0 +1,1699 @@
+"""Train a LoRA of the CogVideoX image-to-video transformer on your own clips.
+
+One GPU (settings as published; a clip's own first frame is the image that it is trained to go on from):
+
+    accelerate launch --quiet --config_file accelerate_configs/single_gpu.yaml \\
+        train_cogvideox_image_to_video_lora.py \\
+        --pretrained_model_name_or_path THUDM/CogVideoX-5b-I2V --mixed_precision bf16 \\
+        --instance_data_root my_clips --caption_column prompts.txt --video_column videos.txt \\
+        --rank 64 --lora_alpha 64 --learning_rate 1e-3 --train_batch_size 1 --num_train_epochs 30 \\
+        --gradient_checkpointing --enable_slicing --enable_tiling --seed 42 --output_dir my_lora
+
+Many GPUs: the same line with a config that `accelerate config` writes. Tiny, on a CPU: `make demo KIND=i2v`.
+
+The objective, in seven lines (x0: latents of a clip, e: prompt embeddings, alpha_bar: the scheduler's noise levels):
+
+    t       ~ U{0..T-1},  noise ~ N(0, I)                            one of each per clip and step
+    x_t     = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) noise      scheduler.add_noise
+    image   = latents of (first frame + a little noise), then zeros   f frames; all zeros with --noised_image_dropout
+    v       = transformer([x_t, image], e, t)                         velocity, in the compute dtype
+    x0_pred = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v         scheduler.get_velocity
+    loss    = mean((x0_pred - x0)^2 / (1 - alpha_bar_t))              in fp32; it equals plain MSE on the velocity
+    only the LoRA matrices beside to_q, to_k, to_v, to_out.0 learn; everything else is frozen
+
+Dimension key:  B batch · F pixel frames, 4k+1 · f latent frames = (F-1)/4+1 · C channels ·
+H, W pixels · h, w = H/8, W/8 · S text tokens · D text width
+
+Sections: Command line · Data · Precompute · Batches · Model · Objective · Optimizer · Checkpoints ·
+Validation and publishing · Training
+"""
+
+import argparse
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import inspect
+import io
+import json
+import logging
+import math
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import decord
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils.memory import clear_device_cache
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDPMScheduler,
+    CogVideoXImageToVideoPipeline,  # I2V:
+    CogVideoXTransformer3DModel,
+)
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from diffusers.optimization import get_scheduler
+from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+from diffusers.training_utils import cast_training_params
+from diffusers.utils import export_to_video, load_image  # I2V: load_image
+from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from PIL import Image, ImageOps  # I2V: ImageOps
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms.functional import InterpolationMode, resize
+from tqdm.auto import tqdm
+from transformers import T5EncoderModel, T5Tokenizer
+
+logger = logging.getLogger(__name__)
+
+KIND = "image-to-video"  # I2V:
+PIPELINE = CogVideoXImageToVideoPipeline  # I2V:
+DEFAULT_OUTPUT_DIR = "cogvideox-i2v-lora"  # I2V:
+IMAGE_LOG_SIGMA = (-3.0, 0.5)  # I2V: mean and deviation of the log of the noise level that a first frame gets
+KINDS = {1: "text-to-video", 2: "image-to-video"}  # by the latents on the input channels: noisy ones, an image's
+TRAINERS = {"text-to-video": "train_cogvideox_lora.py", "image-to-video": "train_cogvideox_image_to_video_lora.py"}
+LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
+LORA_FILE = "pytorch_lora_weights.safetensors"
+CACHE_FORMAT = 1  # raise it when the content of a precomputed file changes for the same key
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class RunError(Exception):
+    """Ends the run in one message; exit code 2: wrong input, 3: loss that is not finite, 4: failed upload."""
+
+    def __init__(self, message: str, exit_code: int = 2):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def listing(items: list[str], limit: int = 20) -> str:
+    """`items` one below the other, the tail counted instead of shown."""
+    shown = [f"  - {item}" for item in items[:limit]]
+    return "\n".join(shown + ([f"  … and {len(items) - limit} more"] if len(items) > limit else []))
+
+
+# ---- Command line ---------------------------------------------------------------------------------------------------
+
+
+class OneLineErrorParser(argparse.ArgumentParser):
+    """Ends a wrong command line in its one message; argparse would print the usage of all flags before it."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
+
+
+def add_model_args(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", required=True, help="Hub id or local folder of a CogVideoX")
+    add("--revision", help="Hub revision of the model")
+    add("--variant", help="weight file variant, such as fp16")
+    add("--cache_dir", help="where downloaded models and data sets are kept")
+    add("--rank", type=int, default=128, help="LoRA rank")
+    add("--lora_alpha", type=float, default=128, help="the LoRA is applied with strength alpha / rank")
+    add("--mixed_precision", choices=list(DTYPES), help="compute dtype; default: what accelerate's configuration says")
+    add("--enable_slicing", action="store_true", help="VAE slicing: a batch is coded one video at a time")
+    add("--enable_tiling", action="store_true", help="VAE tiling: large frames in overlapping tiles, less memory")
+    add("--gradient_checkpointing", action="store_true", help="recompute activations: far less memory, slower")
+    add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and newer")
+
+
+def add_data_args(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset_name", help="Hub data set, local folder, or .csv/.json/.jsonl/.parquet file")
+    add("--dataset_config_name", help="configuration of --dataset_name")
+    add("--instance_data_root", help="folder of the clips and of the two line files")
+    add("--video_column", default="video", help="column of the videos, or the line file of their paths")
+    add("--caption_column", default="text", help="column of the captions, or the line file of them")
+    add("--id_token", help="trigger word put before every training prompt")
+    add("--height", type=int, default=480, help="pixels, a multiple of 16")
+    add("--width", type=int, default=720, help="pixels, a multiple of 16")
+    modes = ["center", "random", "none", "stretch"]
+    add("--video_reshape_mode", choices=modes, default="center", help="where to crop (none: as random), or stretch")
+    add("--fps", type=int, default=8, help="rate of --frame_sampling fps and of written videos")
+    add("--max_num_frames", type=int, default=49, help="frames taken from a clip at most, 4k+1")
+    add("--skip_frames_start", type=int, default=0, help="frames left out at the start of each clip")
+    add("--skip_frames_end", type=int, default=0, help="frames left out at the end of each clip")
+    samplings = ["stride", "uniform", "fps"]
+    add("--frame_sampling", choices=samplings, default="stride", help="which frames of a long clip are taken")
+    add("--random_flip", action="store_true", help="horizontal flips: each clip is encoded both ways")
+    add("--dataloader_num_workers", type=int, default=0, help="processes that decode and read; 0: the main process")
+    add("--precompute_dir", help="default: .cogvideox_precomputed in --instance_data_root, else in --output_dir")
+
+
+def add_validation_args(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("validation").add_argument
+    add("--validation_prompt", help="one or more prompts, joined by the separator")
+    add("--validation_prompt_separator", default=":::")
+    add("--num_validation_videos", type=int, default=1, help="videos a prompt")
+    add("--validation_epochs", type=int, default=50, help="validate every N epochs")
+    add("--validation_steps", type=int, help="validate every N steps instead")
+    add("--num_inference_steps", type=int, default=50, help="denoising steps of a validation video")
+    add("--guidance_scale", type=float, default=6)
+    add("--use_dynamic_cfg", action="store_true", help="the pipeline's cosine guidance schedule")
+
+
+def add_image_args(parser: argparse.ArgumentParser) -> None:  # I2V:
+    add = parser.add_argument_group("image").add_argument
+    add("--validation_images", help="a start image (path or URL) for each validation prompt, joined by the separator")
+    add("--noised_image_dropout", type=float, default=0.05, help="probability of training a clip without its image")
+
+
+def add_training_args(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("training").add_argument
+    add("--seed", type=int, help="makes the run repeatable")
+    add("--train_batch_size", type=int, default=4, help="clips a process and micro-batch")
+    add("--num_train_epochs", type=int, default=1)
+    add("--max_train_steps", type=int, help="optimizer steps; overrides --num_train_epochs")
+    add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches an optimizer step")
+    add("--checkpointing_steps", type=int, default=500, help="optimizer steps between checkpoints")
+    add("--checkpoints_total_limit", type=int, help="how many checkpoints to keep; default: all")
+    add("--resume_from_checkpoint", help='"latest", or a checkpoint')
+    add("--nccl_timeout", type=int, default=600, help="seconds before a collective operation gives up")
+
+
+def add_optimizer_args(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("optimizer").add_argument
+    add("--optimizer", type=str.lower, choices=["adam", "adamw", "prodigy"], default="adam")
+    add("--use_8bit_adam", action="store_true", help="8-bit states of bitsandbytes, for adam and adamw")
+    add("--learning_rate", type=float, default=1e-4, help="1 for prodigy, which finds its own scale")
+    add("--scale_lr", action="store_true", help="learning rate times accumulation, batch size and processes")
+    schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+    add("--lr_scheduler", choices=schedules, default="constant")
+    add("--lr_warmup_steps", type=int, default=500, help="optimizer steps")
+    add("--lr_num_cycles", type=int, default=1, help="cycles of cosine_with_restarts")
+    add("--lr_power", type=float, default=1.0, help="exponent of polynomial")
+    add("--adam_beta1", type=float, default=0.9)
+    add("--adam_beta2", type=float, default=0.95)
+    add("--adam_weight_decay", type=float, default=1e-4)
+    add("--adam_epsilon", type=float, default=1e-8)
+    add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
+    add("--prodigy_beta3", type=float, help="default: square root of beta2")
+    add("--prodigy_decouple", action="store_true", help="weight decay decoupled, as in AdamW")
+    add("--prodigy_use_bias_correction", action="store_true")
+    add("--prodigy_safeguard_warmup", action="store_true")
+
+
+def add_output_args(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", default=DEFAULT_OUTPUT_DIR)
+    add("--logging_dir", default="logs", help="for the trackers' files, under the output dir")
+    add("--report_to", choices=["tensorboard", "wandb", "comet_ml", "all"], help="default: no tracker")
+    add("--tracker_name", help=f"project name at the tracker; default: {DEFAULT_OUTPUT_DIR}")
+    add("--push_to_hub", action="store_true", help="upload the LoRA, its card and sample videos at the end")
+    add("--hub_model_id", help="repository; default: name of the output dir")
+    add("--hub_token", help="token for it; default: the one of `hf auth login`")
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse `argv`, or the process's command line. A wrong one ends in one message and exit code 2.
+
+    The token is blanked in `sys.argv`, which trackers record as part of a run's metadata.
+    """
+    parser = OneLineErrorParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups = (add_model_args, add_data_args, add_validation_args, add_training_args, add_optimizer_args)
+    for add_group in (*groups, add_output_args):
+        add_group(parser)
+    add_image_args(parser)  # I2V:
+    args = parser.parse_args(argv)
+    if argv is None and args.hub_token:
+        sys.argv = [word.replace(args.hub_token, "***") for word in sys.argv]
+    return args
+
+
+def check_numbers(args: argparse.Namespace) -> list[str]:
+    """Problems with single numbers, each naming its flag."""
+    at_least = {
+        0: "skip_frames_start skip_frames_end dataloader_num_workers lr_warmup_steps adam_weight_decay guidance_scale",
+        1: "rank max_num_frames fps num_validation_videos validation_epochs validation_steps num_inference_steps "
+        "train_batch_size num_train_epochs max_train_steps gradient_accumulation_steps checkpointing_steps "
+        "checkpoints_total_limit nccl_timeout lr_num_cycles",
+    }
+    problems = []
+    for low, names in at_least.items():
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not low <= value < math.inf:
+                problems.append(f"--{name} must be {low} or more, not {value}")
+    for name in ("lora_alpha", "learning_rate", "adam_epsilon", "max_grad_norm", "lr_power"):
+        if not 0 < getattr(args, name) < math.inf:
+            problems.append(f"--{name} must be more than 0, not {getattr(args, name)}")
+    for name in ("adam_beta1", "adam_beta2", "prodigy_beta3"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < 1:
+            problems.append(f"--{name} must be at least 0 and less than 1, not {value}")
+    if args.seed is not None and not 0 <= args.seed < 2**31:
+        problems.append(f"--seed must be from 0 to {2**31 - 1}, not {args.seed}")
+    for name in ("height", "width"):
+        value = getattr(args, name)
+        if value < 16 or value % 16:
+            nearest = max(16, round(value / 16) * 16)
+            problems.append(f"--{name} must be a multiple of 16, not {value} (nearest: {nearest})")
+    return problems
+
+
+def check_packages(args: argparse.Namespace) -> list[str]:
+    """Packages that the chosen flags need and that are not installed."""
+    needs = {
+        "bitsandbytes": ("--use_8bit_adam", args.use_8bit_adam and args.optimizer != "prodigy"),
+        "prodigyopt": ("--optimizer prodigy", args.optimizer == "prodigy"),
+        "datasets": ("--dataset_name", args.dataset_name is not None),
+        "tensorboard": ("--report_to tensorboard", args.report_to == "tensorboard"),
+        "wandb": ("--report_to wandb", args.report_to == "wandb"),
+        "comet_ml": ("--report_to comet_ml", args.report_to == "comet_ml"),
+    }
+    return [
+        f"{flag} needs the package {package}: pip install {package}"
+        for package, (flag, wanted) in needs.items()
+        if wanted and importlib.util.find_spec(package) is None
+    ]
+
+
+def check_writable(flag: str, folder: Path) -> list[str]:
+    """A problem if `folder` cannot be made or written; nothing is created here."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        return [f"{flag}: {existing} is a file, not a folder"]
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return [f"{flag}: {existing} cannot be written"]
+    return []
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """All that the flags alone can tell. Raises RunError with every problem found."""
+    problems = check_numbers(args) + check_packages(args) + check_writable("--output_dir", Path(args.output_dir))
+    if args.dataset_name is None and args.instance_data_root is None:
+        problems.append("no data: give --instance_data_root (a folder with two line files) or --dataset_name")
+    elif args.instance_data_root is not None and not Path(args.instance_data_root).is_dir():
+        problems.append(f"--instance_data_root: there is no folder {args.instance_data_root}")
+    elif not problems:
+        problems += check_writable("--precompute_dir", precompute_folder(args))
+    if not args.validation_prompt_separator:
+        problems.append("--validation_prompt_separator must not be empty")
+    else:  # I2V: the images are split at it, too
+        problems += check_images(args)  # I2V:
+    if problems:
+        raise RunError("these flags cannot work:\n" + listing(problems))
+
+
+@functools.cache
+def open_image(path: str) -> Image.Image:  # I2V:
+    """The image at a path or URL, in RGB. It is kept: what was opened at the start is what is sampled from later."""
+    return load_image(path)
+
+
+def validation_images(args: argparse.Namespace) -> list[str]:  # I2V:
+    """--validation_images, taken apart."""
+    return args.validation_images.split(args.validation_prompt_separator) if args.validation_images else []
+
+
+def start_image(args: argparse.Namespace, index: int) -> Image.Image:  # I2V:
+    """Image `index` of --validation_images at H x W, its aspect kept as a clip's is; the pipeline would squeeze it."""
+    image = open_image(validation_images(args)[index])
+    if args.video_reshape_mode == "stretch":
+        return image
+    return ImageOps.fit(image, (args.width, args.height), Image.Resampling.BICUBIC)
+
+
+def check_images(args: argparse.Namespace) -> list[str]:  # I2V:
+    """Problems with the flags about images. Each image is opened here, long before it is needed."""
+    problems = []
+    if not 0 <= args.noised_image_dropout <= 1:
+        problems.append(f"--noised_image_dropout must be from 0 to 1, not {args.noised_image_dropout}")
+    prompts, images = len(validation_prompts(args)), validation_images(args)
+    if prompts != len(images):
+        counts = f"{prompts} in --validation_prompt, {len(images)} in --validation_images"
+        problems.append(f"every validation prompt needs its start image: there are {counts}")
+    for path in images:
+        try:
+            open_image(path)
+        except Exception as error:  # PIL, the file system and the web each have their own
+            problems.append(f"--validation_images: {path} cannot be opened: {error}")
+    return problems
+
+
+def precompute_folder(args: argparse.Namespace) -> Path:
+    """Where encoded prompts and videos are kept between runs."""
+    if args.precompute_dir is not None:
+        return Path(args.precompute_dir)
+    return Path(args.instance_data_root or args.output_dir) / ".cogvideox_precomputed"
+
+
+def validation_prompts(args: argparse.Namespace) -> list[str]:
+    """--validation_prompt, taken apart."""
+    return args.validation_prompt.split(args.validation_prompt_separator) if args.validation_prompt else []
+
+
+# ---- Data -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoRecord:
+    """One training clip: its caption as written, the path of its file, and, for a video that is stored inside a
+    data set's own files, the function that reads its bytes."""
+
+    caption: str
+    path: str
+    read_bytes: Callable[[], bytes] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """All that decides the pixels made of a clip. Sizes in pixels, counts in frames."""
+
+    height: int
+    width: int
+    video_reshape_mode: str
+    max_num_frames: int
+    skip_frames_start: int
+    skip_frames_end: int
+    frame_sampling: str
+    fps: int
+    seed: int | None
+
+    def content_key(self) -> dict:
+        """The settings without those that change nothing, so that changing them encodes nothing anew."""
+        key = dataclasses.asdict(self)
+        if self.frame_sampling != "fps":
+            del key["fps"]
+        if self.video_reshape_mode not in ("random", "none"):
+            del key["seed"]
+        return key
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, stripped, without the blank ones at its end.
+
+    Raises RunError for a file that is missing or not UTF-8, and for a blank line in the middle: to leave it out would
+    shift every later line against the other file's.
+    """
+    try:
+        # Only "\n" ends a line: str.splitlines would also cut at form feeds and Unicode separators within a caption.
+        lines = [line.strip() for line in path.read_bytes().decode("utf-8-sig").split("\n")]
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RunError(f"{path} is not UTF-8 text: {error}") from error
+    while lines and not lines[-1]:
+        lines.pop()
+    blank = [str(number) for number, line in enumerate(lines, start=1) if not line]
+    if blank:
+        raise RunError(f"{path} has blank lines in the middle (line {', '.join(blank[:20])}): fill or remove them")
+    return lines
+
+
+def read_line_files(root: Path, caption_column: str, video_column: str) -> list[VideoRecord]:
+    """Pair line i of the caption file with line i of the file of video paths (relative to `root`)."""
+    captions, videos = read_lines(root / caption_column), read_lines(root / video_column)
+    if len(captions) != len(videos):
+        lines = f"{root / caption_column} has {len(captions)} lines, {root / video_column} has {len(videos)}"
+        raise RunError(f"captions and videos don't pair up: {lines}")
+    return [VideoRecord(caption, str(root / video)) for caption, video in zip(captions, videos, strict=True)]
+
+
+def read_embedded_video(rows, column: str, index: int) -> bytes:
+    """A video file that is stored in row `index` of a `datasets.Dataset`, read when it is wanted."""
+    return rows[index][column]["bytes"]
+
+
+def read_table(dataset_name: str, config_name: str | None, cache_dir: str | None):
+    """The `train` split of a Hub data set, of a local folder, or a local table file, as a `datasets.Dataset`."""
+    import datasets
+
+    formats = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+    file_format = formats.get(Path(dataset_name).suffix.lower())
+    try:
+        if file_format and Path(dataset_name).is_file():
+            return datasets.load_dataset(file_format, data_files=dataset_name, split="train", cache_dir=cache_dir)
+        return datasets.load_dataset(dataset_name, config_name, split="train", cache_dir=cache_dir)
+    except Exception as error:  # datasets, pyarrow and the Hub client raise dozens of kinds
+        raise RunError(f"--dataset_name {dataset_name} cannot be read: {error}") from error
+
+
+def read_dataset(
+    dataset_name: str, config_name: str | None, root: Path | None, caption_column: str, video_column: str,
+    cache_dir: str | None,
+) -> list[VideoRecord]:
+    """Records of a table with a column of captions and one of videos (paths, or a `datasets.Video`).
+
+    Relative paths are under `root`, else beside the table.
+    """
+    import datasets
+
+    table = read_table(dataset_name, config_name, cache_dir)
+    for flag, column in (("--caption_column", caption_column), ("--video_column", video_column)):
+        if column not in table.column_names:
+            raise RunError(f"{flag}: {dataset_name} has no column {column!r}, only {', '.join(table.column_names)}")
+    if isinstance(table.features[video_column], datasets.Video):
+        table = table.cast_column(video_column, datasets.Video(decode=False))
+    if root is None and Path(dataset_name).exists():
+        root = Path(dataset_name) if Path(dataset_name).is_dir() else Path(dataset_name).parent
+
+    captions = table[caption_column]
+    blank = [str(row) for row, caption in enumerate(captions) if not str(caption or "").strip()]
+    if blank:
+        raise RunError(f"--caption_column: {dataset_name} has no caption in row {', '.join(blank[:20])}")
+    records = []
+    for row, (caption, video) in enumerate(zip(captions, table[video_column], strict=True)):
+        video = video if isinstance(video, dict) else {"path": str(video)}
+        if video.get("bytes") is None:
+            path, read = str(Path(root or "") / video["path"]), None
+        else:
+            path = f"row {row} of {dataset_name} ({video['path']})"
+            read = functools.partial(read_embedded_video, table, video_column, row)
+        records.append(VideoRecord(str(caption).strip(), path, read))
+    return records
+
+
+def read_records(
+    instance_data_root: str | None, dataset_name: str | None, dataset_config_name: str | None, caption_column: str,
+    video_column: str, cache_dir: str | None,
+) -> list[VideoRecord]:
+    """Captions and videos in the given order. Raises RunError that lists all missing files; nothing is decoded."""
+    root = Path(instance_data_root) if instance_data_root is not None else None
+    if dataset_name is not None:
+        records = read_dataset(dataset_name, dataset_config_name, root, caption_column, video_column, cache_dir)
+    elif root is not None:
+        records = read_line_files(root, caption_column, video_column)
+    else:
+        raise RunError("no data: give --instance_data_root (a folder with two line files) or --dataset_name")
+    if not records:
+        raise RunError(f"no clips in {dataset_name or instance_data_root}: its captions and videos are empty")
+    missing = [r.path for r in records if r.read_bytes is None and not Path(r.path).is_file()]
+    if missing:
+        raise RunError(f"{len(missing)} of {len(records)} videos are missing:\n{listing(missing)}")
+    return records
+
+
+def frames_4k_plus_1(count: int) -> int:
+    """The largest F = 4k+1 within `count` >= 1 frames: what the VAE makes whole latent frames of."""
+    return (count - 1) // 4 * 4 + 1
+
+
+def select_frames(
+    num_frames: int, max_num_frames: int, skip_frames_start: int = 0, skip_frames_end: int = 0,
+    frame_sampling: str = "stride", source_fps: float = 8.0, fps: float = 8.0,
+) -> list[int]:
+    """Which frames of a clip of `num_frames` are trained on: ascending indices, 4k+1 of them.
+
+    stride: every n-th frame, n as large as leaves max_num_frames of them; uniform: spread evenly from the first to
+    the last; fps: the clip brought to `fps` frames a second by its own rate, then the first max_num_frames.
+    """
+    first = min(skip_frames_start, num_frames - 1)
+    end = max(num_frames - skip_frames_end, first + 1)  # all skipped: the first one alone
+    available = end - first
+    if frame_sampling == "uniform":
+        count = frames_4k_plus_1(min(max_num_frames, available))
+        return [first + round(i * (available - 1) / max(count - 1, 1)) for i in range(count)]
+    if frame_sampling == "fps":
+        seconds = available / source_fps
+        count = min(max_num_frames, max(1, math.floor(seconds * fps + 1e-6)))  # 1e-6: 24 / 30 * 10 is 8, not 7.99…
+        indices = [min(first + math.floor(i * source_fps / fps + 1e-6), end - 1) for i in range(count)]
+    else:
+        indices = list(range(first, end, max(1, available // max_num_frames)))[:max_num_frames]
+    return indices[: frames_4k_plus_1(len(indices))]
+
+
+def resize_and_crop(
+    frames: torch.Tensor, height: int, width: int, mode: str, position: tuple[float, float] | None = None
+) -> torch.Tensor:
+    """Bring frames [F, C, H0, W0] in [-1, 1] to [F, C, H, W], bicubic with antialiasing.
+
+    `stretch` ignores the aspect. Else the frame covers H x W with its aspect kept, and is cropped at `position`, the
+    fractions of the surplus above and to the left, each in [0, 1); None is the center.
+    """
+    source_height, source_width = frames.shape[-2:]
+    if mode == "stretch":
+        size = [height, width]
+    elif source_width * height > source_height * width:  # wider than the target
+        size = [height, max(width, source_width * height // source_height)]
+    else:
+        size = [max(height, source_height * width // source_width), width]
+    frames = resize(frames, size, InterpolationMode.BICUBIC, antialias=True)  # [F, C, >=H, >=W]
+    surplus = (size[0] - height, size[1] - width)
+    if position is None:
+        top, left = surplus[0] // 2, surplus[1] // 2
+    else:
+        top, left = (int(part * (extra + 1)) for part, extra in zip(position, surplus, strict=True))
+    # Bicubic overshoots at hard edges; the VAE has only seen [-1, 1].
+    return frames[..., top : top + height, left : left + width].clamp(-1, 1)  # [F, C, H, W]
+
+
+def load_video(record: VideoRecord, settings: Preprocessing) -> torch.Tensor:
+    """Decode, select, resize and crop one clip: [F, C, H, W] float32 in [-1, 1], F = 4k+1.
+
+    Raises whatever decord does for a file that it cannot decode, and ValueError for one without frames.
+    """
+    decord.logging.set_level(decord.logging.QUIET)  # FFmpeg's warnings about odd but readable files
+    reader = decord.VideoReader(io.BytesIO(record.read_bytes()) if record.read_bytes else record.path)
+    if len(reader) == 0:
+        raise ValueError("it has no frames")
+    source_fps = reader.get_avg_fps()
+    if settings.frame_sampling == "fps" and not 0 < source_fps < math.inf:
+        raise ValueError(f"its frame rate is {source_fps}, --frame_sampling fps needs a real one")
+    indices = select_frames(
+        len(reader), settings.max_num_frames, settings.skip_frames_start, settings.skip_frames_end,
+        settings.frame_sampling, source_fps, settings.fps,
+    )
+    position = None
+    if settings.video_reshape_mode in ("random", "none"):
+        # Drawn from seed and path, not from a stream: the crop stays when other clips come, go or change order.
+        draw = random.Random(f"{settings.seed}:{record.path}")
+        position = (draw.random(), draw.random())
+
+    height, width, mode = settings.height, settings.width, settings.video_reshape_mode
+    video = torch.empty(len(indices), 3, height, width)  # [F, C, H, W]
+    for start in range(0, len(indices), 8):  # few at a time: 49 frames of 4K as floats are 5 GB
+        frames = torch.from_numpy(reader.get_batch(indices[start : start + 8]).asnumpy())  # [8, H0, W0, C] uint8
+        frames = (frames.permute(0, 3, 1, 2).float() - 127.5) / 127.5  # [8, C, H0, W0]
+        video[start : start + 8] = resize_and_crop(frames, height, width, mode, position)  # [8, C, H, W]
+    return video
+
+
+class VideoDataset(Dataset):
+    """Clips with captions, decoded on access.
+
+    Items are {"instance_prompt": str, "instance_video": float32 [F, C, H, W] in [-1, 1]}. `records` holds what was
+    read; `instance_prompts`, `instance_video_paths` and `num_instance_videos` say the same in the originals' words.
+    The constructor raises RunError for a data source that cannot work, and opens no video.
+    """
+
+    def __init__(
+        self, instance_data_root: str | None = None, dataset_name: str | None = None,
+        dataset_config_name: str | None = None, caption_column: str = "text", video_column: str = "video",
+        height: int = 480, width: int = 720, video_reshape_mode: str = "center", fps: int = 8,
+        max_num_frames: int = 49, skip_frames_start: int = 0, skip_frames_end: int = 0, cache_dir: str | None = None,
+        id_token: str | None = None, frame_sampling: str = "stride", seed: int | None = None,
+    ):
+        self.records = read_records(
+            instance_data_root, dataset_name, dataset_config_name, caption_column, video_column, cache_dir
+        )
+        self.settings = Preprocessing(
+            height=height, width=width, video_reshape_mode=video_reshape_mode, max_num_frames=max_num_frames,
+            skip_frames_start=skip_frames_start, skip_frames_end=skip_frames_end, frame_sampling=frame_sampling,
+            fps=fps, seed=seed,
+        )
+        self.id_token = (id_token or "").strip()
+        self.instance_prompts = [record.caption for record in self.records]
+        self.instance_video_paths = [Path(record.path) for record in self.records]
+        self.num_instance_videos = len(self.records)
+
+    def __len__(self) -> int:
+        return self.num_instance_videos
+
+    def prompt(self, index: int) -> str:
+        """What the text encoder is given for clip `index`: the trigger word, one space, the caption."""
+        return f"{self.id_token} {self.instance_prompts[index]}".strip()
+
+    def __getitem__(self, index: int) -> dict:
+        video = load_video(self.records[index], self.settings)  # [F, C, H, W]
+        return {"instance_prompt": self.prompt(index), "instance_video": video}
+
+
+# ---- Precompute: each prompt and clip is encoded once, into a safetensors file, before the transformer loads --------
+
+
+def find_model_file(args: argparse.Namespace, name: str) -> Path:
+    """A small file of the model such as "vae/config.json", from its local folder or the Hub. Raises RunError."""
+    model = args.pretrained_model_name_or_path
+    if Path(model).is_dir():
+        if not (Path(model) / name).is_file():
+            raise RunError(f"--pretrained_model_name_or_path {model} has no {name}: no diffusers-format model")
+        return Path(model) / name
+    try:
+        return Path(hf_hub_download(model, name, revision=args.revision, cache_dir=args.cache_dir))
+    except Exception as error:  # offline, no such repository, no access, a name that is none: all end here
+        what = f"--pretrained_model_name_or_path {model} is neither a local folder nor readable from the Hub"
+        raise RunError(f"{what}: {error}") from error
+
+
+def read_config(args: argparse.Namespace, subfolder: str) -> dict:
+    """The config of one component, without its weights."""
+    return json.loads(find_model_file(args, f"{subfolder}/config.json").read_text(encoding="utf-8"))
+
+
+def model_identity(args: argparse.Namespace, *subfolders: str) -> dict:
+    """What tells one encoder from another: its config, and its commit on the Hub or its files' size and mtime."""
+    model = args.pretrained_model_name_or_path
+    config_file = find_model_file(args, f"{subfolders[0]}/config.json")
+    identity = {"variant": args.variant, "config": json.loads(config_file.read_text(encoding="utf-8"))}
+    if Path(model).is_dir():
+        files = [path for subfolder in subfolders for path in sorted((Path(model) / subfolder).iterdir())]
+        identity["files"] = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    else:
+        # Its place in the Hub's cache ends in snapshots/<commit>/vae/config.json
+        identity |= {"model": model, "revision": args.revision, "commit": config_file.parts[-3]}
+    return identity
+
+
+def check_model(args: argparse.Namespace, transformer_config: dict, vae_config: dict) -> None:
+    """Refuse, by their configs, checkpoints that this script cannot train. Raises RunError."""
+    model = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+    if transformer_config.get("_class_name") != "CogVideoXTransformer3DModel":
+        raise RunError(f"{model} is not a CogVideoX: its transformer is a {transformer_config.get('_class_name')}")
+    in_channels, latent_channels = transformer_config["in_channels"], vae_config["latent_channels"]
+    kind = KINDS.get(in_channels / latent_channels)
+    if kind is None:
+        raise RunError(f"{model}: its transformer takes {in_channels} channels, its VAE makes {latent_channels}")
+    if kind != KIND:
+        raise RunError(f"{model} is a model for {kind}: train it with {TRAINERS[kind]}")
+    if transformer_config.get("patch_size_t") is not None:
+        raise RunError(f"{model} is a CogVideoX 1.5 (patch_size_t is set), which this script does not train yet")
+    factor = vae_scale_factor(vae_config)
+    own_size = (transformer_config["sample_height"] * factor, transformer_config["sample_width"] * factor)
+    if transformer_config.get("use_learned_positional_embeddings") and (args.height, args.width) != own_size:
+        raise RunError(
+            f"{model} has learned positions and works at its own size only: --height {own_size[0]} --width "
+            f"{own_size[1]}, not {args.height} x {args.width}"
+        )
+
+
+def vae_scale_factor(vae_config: dict) -> int:
+    """Pixels a latent pixel, along height and along width."""
+    return 2 ** (len(vae_config["block_out_channels"]) - 1)
+
+
+def encode_prompt(
+    tokenizer: T5Tokenizer | None, text_encoder: T5EncoderModel, prompt: str | list[str],
+    num_videos_per_prompt: int = 1, max_sequence_length: int = 226, device: torch.device | None = None,
+    dtype: torch.dtype | None = None, text_input_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """T5 hidden states of prompts, padded or cut to S tokens as CogVideoXPipeline does: [n, S, D].
+
+    n = prompts x num_videos_per_prompt, the repeats of one prompt together. Without a tokenizer, the token ids [B, S]
+    must be given. Raises ValueError if neither is.
+    """
+    if tokenizer is not None:
+        text_input_ids = tokenizer(
+            [prompt] if isinstance(prompt, str) else prompt, padding="max_length", max_length=max_sequence_length,
+            truncation=True, add_special_tokens=True, return_tensors="pt",
+        ).input_ids  # [B, S]
+    elif text_input_ids is None:
+        raise ValueError("without a tokenizer, text_input_ids must be given")
+    prompt_embeds = text_encoder(text_input_ids.to(device))[0].to(dtype=dtype, device=device)  # [B, S, D]
+    return prompt_embeds.repeat_interleave(num_videos_per_prompt, dim=0)  # [n, S, D]
+
+
+def compute_prompt_embeddings(
+    tokenizer: T5Tokenizer, text_encoder: T5EncoderModel, prompt: str | list[str], max_sequence_length: int,
+    device: torch.device, dtype: torch.dtype, requires_grad: bool = False,
+) -> torch.Tensor:
+    """`encode_prompt` for one video a prompt, without gradients unless asked: [n, S, D]."""
+    with torch.set_grad_enabled(requires_grad):
+        return encode_prompt(tokenizer, text_encoder, prompt, 1, max_sequence_length, device, dtype)
+
+
+@torch.no_grad()
+def encode_video(vae: AutoencoderKLCogVideoX, video: torch.Tensor) -> torch.Tensor:
+    """Parameters (mean, log variance) of the latent distribution of pixels [F, C, H, W]: [2c, f, h, w].
+
+    The distribution is kept and not a sample of it, so that each training step can draw a fresh one.
+    """
+    pixels = video[None].permute(0, 2, 1, 3, 4).to(vae.device, vae.dtype)  # [1, C, F, H, W]
+    return vae.encode(pixels).latent_dist.parameters[0]  # [2c, f, h, w]
+
+
+def encode_first_frame(vae: AutoencoderKLCogVideoX, image: torch.Tensor, seed: int) -> torch.Tensor:  # I2V:
+    """Latent distribution of an image [C, H, W] in [-1, 1] with a little noise added: [2c, 1, h, w].
+
+    The noise is the originals', of level exp(N(-3, 0.5)); it is added: one release of theirs had only noise there
+    (zai-org/CogVideo, issue 405).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    mean, deviation = IMAGE_LOG_SIGMA
+    sigma = torch.exp(mean + deviation * torch.randn((), generator=generator))
+    noisy_image = image.float() + sigma * torch.randn(image.shape, generator=generator)  # [C, H, W]
+    return encode_video(vae, noisy_image[None])  # [2c, 1, h, w]
+
+
+def item_path(folder: Path, kind: str, **content) -> Path:
+    """The file of one precomputed item: its name is a hash of all that decides its content."""
+    key = json.dumps({"format": CACHE_FORMAT, "kind": kind, **content}, sort_keys=True, default=str)
+    return folder / kind / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.safetensors"
+
+
+def write_item(path: Path, **tensors: torch.Tensor) -> None:
+    """Write a precomputed item whole or not at all: under a temporary name first. Raises RunError naming the path."""
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
+        os.replace(partial, path)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error} (--precompute_dir takes another place)") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def precompute_prompts(
+    args: argparse.Namespace, accelerator: Accelerator, prompts: list[str], max_sequence_length: int
+) -> dict[str, Path]:
+    """Encode each distinct prompt once; returns its file, which holds `prompt_embeds` [S, D] in the compute dtype.
+
+    The text encoder is loaded only if a prompt is new, and freed before this returns.
+    """
+    dtype = DTYPES[accelerator.mixed_precision]
+    encoder = model_identity(args, "text_encoder", "tokenizer")
+    content = {"max_sequence_length": max_sequence_length, "dtype": str(dtype), "encoder": encoder}
+    paths = {prompt: item_path(precompute_folder(args), "prompts", prompt=prompt, **content) for prompt in prompts}
+    new = [prompt for prompt, path in paths.items() if not path.exists()]
+    logger.info(f"Prompts: {len(paths) - len(new)} of {len(paths)} come from {precompute_folder(args)}")
+    accelerator.wait_for_everyone()  # all have counted before the first one writes
+    share = new[accelerator.process_index :: accelerator.num_processes]
+    if share:
+        source = pretrained_source(args)
+        tokenizer = T5Tokenizer.from_pretrained(subfolder="tokenizer", **source)
+        source |= {"variant": args.variant, "dtype": dtype}
+        text_encoder = T5EncoderModel.from_pretrained(subfolder="text_encoder", **source)
+        text_encoder.to(accelerator.device).requires_grad_(False)
+        long = [p[:60] + "…" for p in share if len(tokenizer(p, verbose=False).input_ids) > max_sequence_length]
+        if long:
+            logger.warning(f"Cut to {max_sequence_length} tokens, as the model takes no more:\n{listing(long)}")
+        for prompt in tqdm(share, "Encoding prompts", unit="prompt", disable=not accelerator.is_main_process):
+            prompt_embeds = compute_prompt_embeddings(
+                tokenizer, text_encoder, prompt, max_sequence_length, accelerator.device, dtype
+            )  # [1, S, D]
+            write_item(paths[prompt], prompt_embeds=prompt_embeds[0])
+        del tokenizer, text_encoder
+        clear_device_cache(garbage_collection=True)
+    accelerator.wait_for_everyone()
+    return paths
+
+
+class DecodeJobs(Dataset):
+    """Clips to decode in worker processes; an item is (index, pixels), or (index, why it cannot be decoded)."""
+
+    def __init__(self, dataset: VideoDataset, indices: list[int], dtype: torch.dtype):
+        self.dataset, self.indices, self.dtype = dataset, indices, dtype
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, job: int) -> tuple[int, torch.Tensor | str]:
+        index = self.indices[job]
+        try:
+            return index, self.dataset[index]["instance_video"].to(self.dtype)  # [F, C, H, W]
+        except Exception as error:  # one bad clip must not keep the others from being tried
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            return index, f"{self.dataset.records[index].path}: {reason[-1]}"
+
+
+def video_source(record: VideoRecord) -> dict:
+    """What tells whether a clip's file is still the one that was encoded."""
+    if record.read_bytes is not None:
+        return {"sha256": hashlib.sha256(record.read_bytes()).hexdigest()}
+    status = os.stat(record.path)
+    return {"path": str(Path(record.path).resolve()), "size": status.st_size, "mtime": status.st_mtime_ns}
+
+
+def precompute_videos(
+    args: argparse.Namespace, accelerator: Accelerator, dataset: VideoDataset
+) -> list[tuple[Path, ...]]:
+    """Encode each clip once, and its mirror image for --random_flip; returns the files of each clip.
+
+    A file holds `moments` [2c, f, h, w] in the compute dtype. The VAE is loaded only if a clip is new, and freed
+    before this returns. Raises RunError that lists every clip that could not be decoded; the others stay encoded.
+    """
+    dtype = DTYPES[accelerator.mixed_precision]
+    encoder = model_identity(args, "vae") | {"tiling": args.enable_tiling}
+    settings = dataset.settings.content_key()
+    flips = (False, True) if args.random_flip else (False,)
+    paths = []
+    for record in dataset.records:
+        content = {"source": video_source(record), "settings": settings, "dtype": str(dtype), "encoder": encoder}
+        folder = precompute_folder(args)
+        paths.append(tuple(item_path(folder, "videos", made_for=KIND, flip=flip, **content) for flip in flips))
+    new = list({files: i for i, files in enumerate(paths) if not all(file.exists() for file in files)}.values())
+    logger.info(f"Videos: {len(paths) - len(new)} of {len(paths)} come from {precompute_folder(args)}")
+    accelerator.wait_for_everyone()  # all have counted before the first one writes
+    share = new[accelerator.process_index :: accelerator.num_processes]
+    bad = encode_videos(args, accelerator, dataset, share, paths, dtype) if share else []
+    bad = accelerator.gather_for_metrics(bad, use_gather_object=True)
+    if bad:
+        raise RunError(f"{len(bad)} of {len(paths)} videos cannot be decoded:\n{listing(bad, limit=200)}")
+    return paths
+
+
+def encode_videos(
+    args: argparse.Namespace, accelerator: Accelerator, dataset: VideoDataset, indices: list[int],
+    paths: list[tuple[Path, ...]], dtype: torch.dtype,
+) -> list[str]:
+    """Decode and encode the clips `indices` into their `paths`; returns the complaints about those that failed."""
+    vae = load_vae(args, dtype).to(accelerator.device)
+    workers = args.dataloader_num_workers
+    prefetch = 1 if workers else None  # a decoded clip is 100 MB and more
+    jobs = DataLoader(
+        DecodeJobs(dataset, indices, dtype), batch_size=None, num_workers=workers, prefetch_factor=prefetch
+    )
+    bad = []
+    for index, video in tqdm(jobs, "Encoding videos", unit="video", disable=not accelerator.is_main_process):
+        if isinstance(video, str):
+            bad.append(video)
+            continue
+        for flipped, path in enumerate(paths[index]):
+            if not path.exists():
+                pixels = video.flip(-1) if flipped else video  # [F, C, H, W]
+                tensors = {"moments": encode_video(vae, pixels)}
+                # I2V: seeded by the name, the hash of all that decides the content: noise of its own, and repeatable
+                tensors["image_moments"] = encode_first_frame(vae, pixels[0], seed=int(path.stem[:15], 16))
+                write_item(path, **tensors)
+    del vae
+    clear_device_cache(garbage_collection=True)
+    return bad
+
+
+# ---- Batches --------------------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """Clips of one latent shape, as the loop takes them."""
+
+    moments: torch.Tensor  # [B, 2c, f, h, w]
+    prompt_embeds: torch.Tensor  # [B, S, D]
+    image_moments: torch.Tensor  # I2V: [B, 2c, 1, h, w]
+
+
+class LatentDataset(Dataset):
+    """Precomputed clips, read on access. The key (index, flipped) comes from the sampler, which draws the flips."""
+
+    def __init__(self, video_files: list[tuple[Path, ...]], prompt_files: list[Path]):
+        self.video_files, self.prompt_files = video_files, prompt_files
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Latent shape of each clip, from the files' headers."""
+        shapes = []
+        for files in self.video_files:
+            with safe_open(files[0], framework="pt") as item:
+                shapes.append(tuple(item.get_slice("moments").get_shape()))
+        return shapes
+
+    def __len__(self) -> int:
+        return len(self.video_files)
+
+    def __getitem__(self, key: tuple[int, bool]) -> Batch:
+        index, flipped = key
+        return Batch(**load_file(self.video_files[index][int(flipped)]), **load_file(self.prompt_files[index]))
+
+
+def check_lengths(transformer_config: dict, shapes: list[tuple[int, ...]]) -> None:  # I2V:
+    """Warn of clips, by their latent shapes, that are not as long as a model's learned positions: the transformer then
+    takes computed ones in their place, in training as in inference."""
+    frames = transformer_config["sample_frames"]
+    others = sum((shape[1] - 1) * 4 + 1 != frames for shape in shapes)
+    if transformer_config.get("use_learned_positional_embeddings") and others:
+        logger.warning(
+            f"{others} of {len(shapes)} clips do not give the {frames} frames that the model's learned positions are "
+            f"for, and train with computed positions: best are longer clips and --max_num_frames {frames}."
+        )
+
+
+def collate(items: list[Batch]) -> Batch:
+    return Batch(*(torch.stack(tensors) for tensors in zip(*items, strict=True)))
+
+
+class ShapeBatchSampler(Sampler[list[tuple[int, bool]]]):
+    """Batches of (index, flipped) in which all clips have one latent shape, for one of `num_processes` processes.
+
+    The order of epoch e is a function of (seed, e) alone, so a position in the data is two numbers, and to resume
+    there reads nothing of what came before. Set `epoch` and `first_batch` before iterating.
+    """
+
+    def __init__(
+        self, shapes: list[tuple[int, ...]], batch_size: int, seed: int, random_flip: bool = False,
+        num_processes: int = 1, process_index: int = 0,
+    ):
+        self.shapes, self.batch_size, self.seed, self.random_flip = shapes, batch_size, seed, random_flip
+        self.num_processes, self.process_index = num_processes, process_index
+        self.epoch, self.first_batch = 0, 0
+
+    def all_batches(self) -> list[list[tuple[int, bool]]]:
+        """The epoch's batches of all processes: clips in random order fill the open batch of their shape."""
+        draw = random.Random(f"{self.seed}:{self.epoch}")
+        order = list(range(len(self.shapes)))
+        draw.shuffle(order)
+        batches, filling = [], {}
+        for index in order:
+            batch = filling.setdefault(self.shapes[index], [])
+            batch.append((index, self.random_flip and draw.random() < 0.5))
+            if len(batch) == self.batch_size:
+                batches.append(filling.pop(self.shapes[index]))
+        batches += filling.values()
+        missing = -len(batches) % self.num_processes  # every process takes the same number of batches
+        return batches + [batches[i % len(batches)] for i in range(missing)]
+
+    def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
+        yield from self.all_batches()[self.process_index :: self.num_processes][self.first_batch :]
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch of this process."""
+        return len(self.all_batches()) // self.num_processes
+
+
+def get_dataloader(
+    args: argparse.Namespace, accelerator: Accelerator, dataset: LatentDataset, seed: int
+) -> tuple[DataLoader, ShapeBatchSampler]:
+    """The loader of this process's batches, on its device, and the sampler that says where in the data it is."""
+    sampler = ShapeBatchSampler(
+        dataset.shapes(), args.train_batch_size, seed, args.random_flip, accelerator.num_processes,
+        accelerator.process_index,
+    )
+    workers = args.dataloader_num_workers
+    loader = DataLoader(
+        dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers, persistent_workers=workers > 0,
+        pin_memory=accelerator.device.type == "cuda",
+        generator=torch.Generator(),  # a loader draws a seed each epoch: not from the stream that noise comes from
+    )
+    # Accelerate moves the batches and tells the last one of an epoch; the sampler has shared them out already, because
+    # accelerate's own sharing pads batches with clips of any shape.
+    loader = prepare_data_loader(
+        loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True, non_blocking=True
+    )
+    return loader, sampler
+
+
+# ---- Model ----------------------------------------------------------------------------------------------------------
+
+
+def pretrained_source(args: argparse.Namespace) -> dict:
+    """What every `from_pretrained` is given; those of weights take --variant too."""
+    return {name: getattr(args, name) for name in ("pretrained_model_name_or_path", "revision", "cache_dir")}
+
+
+def load_vae(args: argparse.Namespace, dtype: torch.dtype) -> AutoencoderKLCogVideoX:
+    source = pretrained_source(args)
+    vae = AutoencoderKLCogVideoX.from_pretrained(subfolder="vae", variant=args.variant, dtype=dtype, **source)
+    if args.enable_slicing:
+        vae.enable_slicing()
+    if args.enable_tiling:
+        vae.enable_tiling()
+    return vae.requires_grad_(False).eval()
+
+
+def load_transformer(args: argparse.Namespace, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
+    """The frozen base, straight in the compute dtype."""
+    transformer = CogVideoXTransformer3DModel.from_pretrained(
+        subfolder="transformer", variant=args.variant, dtype=dtype, **pretrained_source(args)
+    )
+    transformer.requires_grad_(False)
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    return transformer
+
+
+def add_lora(transformer: CogVideoXTransformer3DModel, rank: int, lora_alpha: float) -> list[torch.nn.Parameter]:
+    """Put LoRA matrices beside the attention projections; returns them, the only parameters that train, in fp32."""
+    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=lora_alpha, target_modules=LORA_TARGETS))
+    cast_training_params(transformer, dtype=torch.float32)
+    return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+
+
+def save_lora(transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
+    """Write LORA_FILE into `folder`, whole or not at all, with the metadata that makes
+    `pipe.load_lora_weights(folder)` apply alpha / rank, once."""
+    metadata = transformer.peft_config["default"].to_dict()
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".lora-", suffix=".partial") as partial:
+        PIPELINE.save_lora_weights(
+            partial,
+            transformer_lora_layers=get_peft_model_state_dict(transformer),
+            transformer_lora_adapter_metadata=metadata,
+        )
+        os.replace(Path(partial) / LORA_FILE, folder / LORA_FILE)
+
+
+def load_lora(transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
+    """Read LORA_FILE of `folder` into the LoRA that `transformer` already has. Raises RunError if they don't fit."""
+    saved = load_file(folder / LORA_FILE)
+    state_dict = {key.removeprefix("transformer."): tensor for key, tensor in saved.items()}
+    expected = {key: tensor.shape for key, tensor in get_peft_model_state_dict(transformer).items()}
+    if expected != {key: tensor.shape for key, tensor in state_dict.items()}:
+        raise RunError(f"--resume_from_checkpoint: {folder / LORA_FILE} does not fit this run's layers or --rank")
+    set_peft_model_state_dict(transformer, state_dict, adapter_name="default")
+
+
+# ---- Objective ------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=32)
+def prepare_rotary_positional_embeddings(
+    height: int, width: int, num_frames: int, vae_scale_factor_spatial: int = 8, patch_size: int = 2,
+    attention_head_dim: int = 64, device: torch.device | None = None, base_height: int = 480, base_width: int = 720,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary position embeddings (cos, sin) of all video tokens, each [f * h/p * w/p, head dim]; once a shape.
+
+    `height`, `width` and the base size that the model was trained at are in pixels, `num_frames` in latent frames.
+    Source: CogVideoXPipeline._prepare_rotary_positional_embeddings.
+    """
+    pixels_per_token = vae_scale_factor_spatial * patch_size
+    grid_size = (height // pixels_per_token, width // pixels_per_token)
+    crops_coords = get_resize_crop_region_for_grid(
+        grid_size, base_width // pixels_per_token, base_height // pixels_per_token
+    )
+    return get_3d_rotary_pos_embed(
+        embed_dim=attention_head_dim, crops_coords=crops_coords, grid_size=grid_size, temporal_size=num_frames,
+        device=device,
+    )
+
+
+def rotary_for(
+    transformer_config, latents: torch.Tensor, vae_scale_factor_spatial: int
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What the pipeline feeds as `image_rotary_emb` for latents [B, f, C, h, w]; None for a model without (2B)."""
+    if not transformer_config.use_rotary_positional_embeddings:
+        return None
+    num_frames, _, height, width = latents.shape[1:]
+    return prepare_rotary_positional_embeddings(
+        height * vae_scale_factor_spatial, width * vae_scale_factor_spatial, num_frames, vae_scale_factor_spatial,
+        transformer_config.patch_size, transformer_config.attention_head_dim, latents.device,
+        transformer_config.sample_height * vae_scale_factor_spatial,
+        transformer_config.sample_width * vae_scale_factor_spatial,
+    )
+
+
+def sample_latents(moments: torch.Tensor, scaling_factor: float) -> torch.Tensor:
+    """A fresh sample of the latent distribution [B, 2c, f, h, w], scaled for the transformer: [B, f, c, h, w]."""
+    latents = DiagonalGaussianDistribution(moments.float()).sample() * scaling_factor  # [B, c, f, h, w]
+    return latents.permute(0, 2, 1, 3, 4).contiguous()  # [B, f, c, h, w]
+
+
+def sample_image_latents(  # I2V:
+    image_moments: torch.Tensor, num_frames: int, vae_config: dict, dropout: float
+) -> torch.Tensor:
+    """What tells the transformer the first frame, from its distribution [B, 2c, 1, h, w]: latents [B, f, c, h, w] that
+    are zero after the first frame, and zero throughout for the part `dropout` of the clips, drawn one by one.
+
+    Source: CogVideoXImageToVideoPipeline.prepare_latents, its division where `invert_scale_latents` is set included.
+    """
+    scaling_factor = vae_config["scaling_factor"]
+    scale = 1 / scaling_factor if vae_config.get("invert_scale_latents") else scaling_factor
+    first = sample_latents(image_moments, scale)  # [B, 1, c, h, w]
+    kept = torch.rand(len(first), device=first.device) >= dropout  # [B]
+    image_latents = first.new_zeros(len(first), num_frames, *first.shape[2:])  # [B, f, c, h, w]
+    image_latents[:, :1] = first * kept.view(-1, 1, 1, 1, 1)
+    return image_latents
+
+
+def diffusion_loss(
+    transformer: torch.nn.Module, noise_scheduler: CogVideoXDPMScheduler, latents: torch.Tensor,
+    image_latents: torch.Tensor,  # I2V:
+    prompt_embeds: torch.Tensor, image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None, dtype: torch.dtype,
+    noise: torch.Tensor | None = None, timesteps: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The training loss of latents and image latents [B, f, C, h, w] (fp32) under prompts [B, S, D]: a scalar, fp32.
+
+    Noise and timesteps [B] are drawn from the global generator unless given. All but the transformer runs in fp32: in
+    bf16 the 1000 noise levels of the scheduler collapse to 193.
+    """
+    if noise is None:
+        noise = torch.randn_like(latents)  # [B, f, C, h, w]
+    if timesteps is None:
+        num_timesteps = noise_scheduler.config.num_train_timesteps
+        timesteps = torch.randint(0, num_timesteps, (len(latents),), device=latents.device)  # [B] int64
+    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)  # [B, f, C, h, w]
+    velocity_pred = transformer(
+        hidden_states=torch.cat([noisy_latents, image_latents], dim=2).to(dtype),  # I2V: [B, f, 2C, h, w]
+        encoder_hidden_states=prompt_embeds.to(dtype), timestep=timesteps, image_rotary_emb=image_rotary_emb,
+        return_dict=False,
+    )[0].float()  # [B, f, C, h, w]
+    x0_pred = noise_scheduler.get_velocity(velocity_pred, noisy_latents, timesteps)  # [B, f, C, h, w]
+    alphas_cumprod = noise_scheduler.alphas_cumprod[timesteps].to(latents.dtype)  # [B]
+    squared_error = (x0_pred - latents).square().flatten(1).mean(dim=1)  # [B]
+    return (squared_error / (1 - alphas_cumprod)).mean()
+
+
+# ---- Optimizer ------------------------------------------------------------------------------------------------------
+
+
+def get_optimizer(args: argparse.Namespace, params_to_optimize, use_deepspeed: bool = False) -> torch.optim.Optimizer:
+    """The optimizer of --optimizer over parameters or parameter groups.
+
+    With `use_deepspeed`, the placeholder for the optimizer that DeepSpeed's own configuration defines.
+    """
+    if use_deepspeed:
+        from accelerate.utils.deepspeed import DummyOptim
+
+        return DummyOptim(params_to_optimize, lr=args.learning_rate)
+    common = {"lr": args.learning_rate, "eps": args.adam_epsilon, "weight_decay": args.adam_weight_decay}
+    common["betas"] = (args.adam_beta1, args.adam_beta2)
+    if args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        if args.use_8bit_adam:
+            logger.warning("--use_8bit_adam has no effect with --optimizer prodigy.")
+        if args.learning_rate <= 0.1:
+            logger.warning("Prodigy finds its own scale: --learning_rate 1 is what it is made for.")
+        return Prodigy(
+            params_to_optimize, **common, beta3=args.prodigy_beta3, decouple=args.prodigy_decouple,
+            use_bias_correction=args.prodigy_use_bias_correction, safeguard_warmup=args.prodigy_safeguard_warmup,
+        )
+    optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
+    if args.use_8bit_adam:
+        import bitsandbytes
+
+        optimizer_class = getattr(bitsandbytes.optim, f"{optimizer_class.__name__}8bit")
+    return optimizer_class(params_to_optimize, **common)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingPlan:
+    """How long the run is: optimizer steps an epoch and in all, and the clips that a step learns from."""
+
+    steps_per_epoch: int
+    num_epochs: int
+    max_train_steps: int
+    total_batch_size: int
+    learning_rate: float
+
+
+def plan_training(args: argparse.Namespace, batches_per_epoch: int, num_processes: int) -> TrainingPlan:
+    """`batches_per_epoch` counts one process's micro-batches. An epoch's last step takes what is left of them."""
+    steps_per_epoch = math.ceil(batches_per_epoch / args.gradient_accumulation_steps)
+    max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    total_batch_size = args.train_batch_size * num_processes * args.gradient_accumulation_steps
+    return TrainingPlan(
+        steps_per_epoch=steps_per_epoch, num_epochs=math.ceil(max_train_steps / steps_per_epoch),
+        max_train_steps=max_train_steps, total_batch_size=total_batch_size,
+        learning_rate=args.learning_rate * (total_batch_size if args.scale_lr else 1),
+    )
+
+
+def get_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, plan: TrainingPlan):
+    """The schedule over `plan.max_train_steps` optimizer steps, the same with any number of processes."""
+    if args.lr_scheduler != "constant" and args.lr_warmup_steps >= plan.max_train_steps:
+        logger.warning(
+            f"--lr_warmup_steps {args.lr_warmup_steps} is not less than the {plan.max_train_steps} steps of this run: "
+            "the learning rate never gets to its full height."
+        )
+    return get_scheduler(
+        args.lr_scheduler, optimizer=optimizer, num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=plan.max_train_steps, num_cycles=args.lr_num_cycles, power=args.lr_power,
+    )
+
+
+# ---- Checkpoints ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class TrainingState:
+    """Where the run is, all of it that is not in the optimizer, the schedule, the LoRA or the random generators."""
+
+    seed: int  # of the data order
+    step: int = 0  # optimizer steps taken
+    epoch: int = 0
+    batch: int = 0  # micro-batches taken of this epoch, a process
+
+
+def save_lora_hook(accelerator: Accelerator, models: list, weights: list, output_dir: str) -> None:
+    """Write the LoRA in place of the whole transformer, the frozen base of which nobody needs twice."""
+    if accelerator.is_main_process:
+        save_lora(accelerator.unwrap_model(models[0]), Path(output_dir))
+    weights.clear()  # accelerate writes what is left here
+
+
+def load_lora_hook(accelerator: Accelerator, models: list, input_dir: str) -> None:
+    load_lora(accelerator.unwrap_model(models[0]), Path(input_dir))
+    models.clear()  # accelerate loads what is left here
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, the oldest first, by the time that each one says it was written at."""
+    found = []
+    for folder in output_dir.glob("checkpoint-*"):
+        try:
+            found.append((json.loads((folder / "training_state.json").read_text())["saved_at"], folder))
+        except (OSError, ValueError, KeyError):  # no checkpoint of ours
+            continue
+    return [folder for _, folder in sorted(found)]
+
+
+def save_checkpoint(args: argparse.Namespace, accelerator: Accelerator, state: TrainingState) -> None:
+    """Write checkpoint-N: under a temporary name first, so that a folder with its final name is whole. Then remove
+    the oldest beyond --checkpoints_total_limit."""
+    folder = Path(args.output_dir) / f"checkpoint-{state.step}"
+    partial = folder.with_name(f".{folder.name}.partial")
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        content = {"saved_at": time.time(), "state": dataclasses.asdict(state)}
+        (partial / "training_state.json").write_text(json.dumps(content, indent=1))
+        replaced = folder.with_name(f".{folder.name}.replaced.partial")
+        if folder.exists():  # an earlier run in the same output dir came this far
+            os.replace(folder, replaced)
+        os.replace(partial, folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if args.checkpoints_total_limit is not None:
+            for old in list_checkpoints(folder.parent)[: -args.checkpoints_total_limit]:
+                shutil.rmtree(old)
+    logger.info(f"Saved {folder}")
+
+
+def find_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The folder that --resume_from_checkpoint means, None for a fresh start. Raises RunError if there is none."""
+    wanted = args.resume_from_checkpoint
+    if wanted is None:
+        return None
+    complete = list_checkpoints(Path(args.output_dir))
+    if wanted == "latest":
+        return complete[-1] if complete else None
+    for folder in (Path(args.output_dir) / wanted, Path(wanted)):
+        if (folder / "training_state.json").is_file():
+            return folder
+    there = ", ".join(folder.name for folder in complete) or "none"
+    raise RunError(f"--resume_from_checkpoint {wanted}: no complete checkpoint there; {args.output_dir} has {there}")
+
+
+def resume(accelerator: Accelerator, folder: Path) -> TrainingState:
+    """Load LoRA, optimizer, schedule and this process's random generators; returns where the run was."""
+    accelerator.load_state(str(folder))
+    state = TrainingState(**json.loads((folder / "training_state.json").read_text())["state"])
+    logger.info(f"Resumed {folder}: step {state.step}, epoch {state.epoch + 1}, batch {state.batch} of it")
+    return state
+
+
+# ---- Validation and publishing --------------------------------------------------------------------------------------
+
+
+def start_metrics(path: Path, step: int) -> None:
+    """Keep the lines of metrics.jsonl up to `step`: those after it belong to a run that is taken up again there."""
+    lines = path.read_text().splitlines() if path.exists() and step > 0 else []
+    kept = [line for line in lines if line.startswith("{") and line.endswith("}") and json.loads(line)["step"] <= step]
+    path.write_text("".join(f"{line}\n" for line in kept))
+
+
+def append_metrics(path: Path, metrics: dict) -> None:
+    # JSON has no NaN or Infinity: they become null, which every reader takes.
+    row = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def tracker_config(args: argparse.Namespace) -> dict:
+    """The flags as trackers take them: plain values, and never the token."""
+    shown = {name: value for name, value in vars(args).items() if name != "hub_token"}
+    return {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in shown.items()}
+
+
+def send_videos(accelerator: Accelerator, tag: str, files: list[Path], caption: str, step: int, fps: int) -> None:
+    """Show written videos in the trackers that take video."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "wandb":
+            import wandb
+
+            videos = [wandb.Video(str(file), caption=caption, format="mp4") for file in files]
+            tracker.tracker.log({tag: videos}, step=step)
+        elif tracker.name == "comet_ml":
+            for file in files:
+                tracker.tracker.log_video(str(file), name=f"{tag}/{file.name}", step=step)
+        elif tracker.name == "tensorboard":
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            for file in files:
+                # TensorBoard plays GIFs among its images. Its writer's add_video wants moviepy to make them.
+                frames = [Image.fromarray(frame) for frame in decord.VideoReader(str(file))[:].asnumpy()]
+                gif = io.BytesIO()
+                duration = round(1000 / fps)
+                frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:], duration=duration, loop=0)
+                image = Summary.Image(
+                    width=frames[0].width, height=frames[0].height, colorspace=3, encoded_image_string=gif.getvalue()
+                )
+                value = Summary.Value(tag=f"{tag}/{file.stem}", image=image)
+                tracker.tracker.file_writer.add_summary(Summary(value=[value]), step)
+
+
+def log_validation(
+    pipe: PIPELINE, args: argparse.Namespace, accelerator: Accelerator, pipeline_args: dict, epoch: int,
+    is_final_validation: bool = False, step: int | None = None, name: str = "", caption: str | None = None,
+) -> list[np.ndarray]:
+    """Sample --num_validation_videos with `pipeline_args`, the same ones each time for one --seed.
+
+    Each is written to <output_dir>/validation and sent to the trackers. Returns the videos, [F, H, W, C] in [0, 1].
+    """
+    step = epoch if step is None else step
+    phase = "test" if is_final_validation else "validation"
+    folder = Path(args.output_dir) / "validation"
+    folder.mkdir(parents=True, exist_ok=True)
+    # CogVideoX is sampled with the DPM scheduler; a fresh one, since it keeps state from call to call.
+    pipe.scheduler = CogVideoXDPMScheduler.from_config(pipe.scheduler.config)
+    # Its own generator: sampling must neither depend on the training's random numbers nor advance them.
+    generator = torch.Generator(accelerator.device).manual_seed(0 if args.seed is None else args.seed)
+    videos, files = [], []
+    for index in range(args.num_validation_videos):
+        video = pipe(**pipeline_args, generator=generator, output_type="np").frames[0]  # [>=F, H, W, C]
+        # Of an even number of latent frames the VAE makes four frames of the first one too: the last F are the video.
+        video = video[-pipeline_args.get("num_frames", 0) :]  # [F, H, W, C]
+        file = folder / f"{phase}_step-{step:06d}_{name}video-{index}.mp4"
+        export_to_video(list(video), str(file), fps=args.fps)
+        videos.append(video)
+        files.append(file)
+    send_videos(accelerator, phase, files, caption or pipeline_args.get("prompt", ""), step, args.fps)
+    return videos
+
+
+def run_validation(
+    args: argparse.Namespace, accelerator: Accelerator, transformer: CogVideoXTransformer3DModel,
+    noise_scheduler: CogVideoXDPMScheduler, prompt_files: dict[str, Path], state: TrainingState,
+    is_final: bool = False,
+) -> list[np.ndarray]:
+    """Sample every validation prompt with the LoRA as it is; returns the videos, empty if validation failed.
+
+    The prompts were encoded at the start, so the text encoder is not loaded. A failure (out of memory, a broken
+    tracker) is logged, and training goes on.
+    """
+    prompts = validation_prompts(args)
+    if not prompts or not accelerator.is_main_process:
+        return []
+    logger.info(f"Validation at step {state.step}: {len(prompts)} prompts, {args.num_validation_videos} videos each")
+    videos, pipe = [], None
+    transformer.eval()
+    try:
+        models = {"transformer": transformer, "scheduler": noise_scheduler, "tokenizer": None, "text_encoder": None}
+        vae = load_vae(args, DTYPES[accelerator.mixed_precision])
+        pipe = PIPELINE(vae=vae.to(accelerator.device), **models)
+        pipe.set_progress_bar_config(desc="Sampling")
+        for index, prompt in enumerate(prompts):
+            embeds = {key: load_file(prompt_files[key])["prompt_embeds"][None] for key in (prompt, "")}  # [1, S, D]
+            names = ("height", "width", "num_inference_steps", "guidance_scale", "use_dynamic_cfg")
+            pipeline_args = {name: getattr(args, name) for name in names} | {
+                "num_frames": frames_4k_plus_1(args.max_num_frames),
+                "prompt_embeds": embeds[prompt].to(accelerator.device),
+                "negative_prompt_embeds": embeds[""].to(accelerator.device),
+                "image": start_image(args, index),  # I2V:
+            }
+            videos += log_validation(
+                pipe, args, accelerator, pipeline_args, state.epoch, is_final, state.step, f"prompt-{index}_", prompt
+            )
+    except Exception:  # the weights matter more than a sample of them
+        logger.warning("Validation failed; training is not affected:", exc_info=True)
+        videos = []
+    finally:
+        pipe = vae = None
+        transformer.train()
+        clear_device_cache(garbage_collection=True)
+    return videos
+
+
+def usage_example(repo_id: str, base_model: str, prompt: str, fps: int) -> str:
+    """The lines of the card that load the LoRA and sample with it."""
+    return f"""import torch
+from diffusers import {PIPELINE.__name__}
+from diffusers.utils import export_to_video, load_image
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+pipe = {PIPELINE.__name__}.from_pretrained("{base_model}", dtype=torch.bfloat16).to(device)
+pipe.load_lora_weights("{repo_id}")  # applies alpha / rank: no further scale is needed
+
+image = load_image("first_frame.png")
+video = pipe(image, {json.dumps(prompt)}).frames[0]
+export_to_video(video, "output.mp4", fps={fps})"""
+
+
+def save_model_card(
+    repo_id: str, videos: list | None = None, base_model: str | None = None, validation_prompt: str | None = None,
+    repo_folder: str | None = None, fps: int = 8,
+) -> None:
+    """Write README.md, the model card, into `repo_folder`, and `videos` ([F, H, W, C] in [0, 1] each, or lists of
+    images) beside it as final_video_N.mp4."""
+    widget = []
+    for index, video in enumerate(videos if videos is not None else []):
+        name = f"final_video_{index}.mp4"
+        export_to_video(list(video), str(Path(repo_folder) / name), fps=fps)
+        widget.append({"text": validation_prompt or " ", "output": {"url": name}})
+    data = ModelCardData(
+        base_model=base_model, library_name="diffusers", license="other",
+        tags=[KIND, "diffusers-training", "diffusers", "lora", "cogvideox", "template:sd-lora"],
+        widget=widget or None,
+    )
+    content = f"""---
+{data.to_yaml()}
+---
+
+# {repo_id}
+
+LoRA weights for {KIND} with {base_model}.
+
+```py
+{usage_example(repo_id, base_model, validation_prompt or "your prompt", fps)}
+```
+
+The base model's licence applies to these weights too.
+"""
+    ModelCard(content).save(Path(repo_folder) / "README.md")
+
+
+def check_hub_access(args: argparse.Namespace) -> str | None:
+    """The repository that --push_to_hub will upload to, made now if it does not exist. Raises RunError."""
+    if not args.push_to_hub:
+        return None
+    repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
+    try:
+        return HfApi(token=args.hub_token).create_repo(repo_id, exist_ok=True).repo_id
+    except Exception as error:
+        raise RunError(f"--push_to_hub: {repo_id} cannot be written on the Hub: {error}") from error
+
+
+def upload(args: argparse.Namespace, repo_id: str) -> None:
+    """Send the LoRA, its card and its sample videos, and nothing else of the output dir. Raises RunError, code 4."""
+    files = [LORA_FILE, "README.md", "final_video_*.mp4"]
+    try:
+        HfApi(token=args.hub_token).upload_folder(repo_id=repo_id, folder_path=args.output_dir, allow_patterns=files)
+    except Exception as error:
+        includes = " ".join(f"--include '{name}'" for name in files)
+        raise RunError(
+            f"the upload to {repo_id} failed: {error}\nEverything is in {args.output_dir}; by hand: "
+            f"hf upload {repo_id} {args.output_dir} {includes}",
+            exit_code=4,
+        ) from error
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
+
+
+def get_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Accelerate as the flags and its own configuration want it, and the output folder. Raises RunError."""
+    logging_dir = Path(args.output_dir) / args.logging_dir
+    try:
+        logging_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"--output_dir {args.output_dir} cannot be written: {error}") from error
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=args.mixed_precision,
+        log_with=args.report_to,
+        project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(logging_dir)),
+        step_scheduler_with_optimizer=False,  # accelerate would step the schedule once a process
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.nccl_timeout))],
+    )
+    if accelerator.mixed_precision not in DTYPES:
+        raise RunError(f"accelerate's configuration says {accelerator.mixed_precision}: give --mixed_precision")
+    return accelerator
+
+
+def is_first_process() -> bool:
+    """Before accelerate is up, and for an error that all processes meet."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def set_up_logging() -> None:
+    level = logging.INFO if is_first_process() else logging.ERROR
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=level)
+    for name in ("httpx", "accelerate"):  # a line a request, a line a file
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def check_finite(args: argparse.Namespace, step: int, loss: float, grad_norm: float, step_skipped: bool) -> None:
+    """End the run before weights that are not finite are saved over good ones. Raises RunError, code 3.
+
+    An fp16 gradient may overflow: the gradient scaler then skips the step, and nothing is lost.
+    """
+    if math.isfinite(loss) and (math.isfinite(grad_norm) or step_skipped):
+        return
+    complete = list_checkpoints(Path(args.output_dir))
+    raise RunError(
+        f"step {step}: the loss is {loss}, the gradient norm {grad_norm}. Nothing of this step was saved; the last "
+        f"checkpoint is {complete[-1] if complete else 'none (--checkpointing_steps is more than the steps taken)'}. "
+        "Try a lower --learning_rate, --mixed_precision bf16 in place of fp16, or a longer --lr_warmup_steps.",
+        exit_code=3,
+    )
+
+
+def train(
+    args: argparse.Namespace, accelerator: Accelerator, transformer: torch.nn.Module, optimizer, lr_scheduler,
+    noise_scheduler: CogVideoXDPMScheduler, loader: DataLoader, sampler: ShapeBatchSampler, plan: TrainingPlan,
+    state: TrainingState, vae_config: dict, validate: Callable[[TrainingState], object],
+) -> None:
+    """The training loop, from wherever `state` is to the last step of `plan`."""
+    transformer_config = accelerator.unwrap_model(transformer).config
+    trainable = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    dtype = DTYPES[accelerator.mixed_precision]
+    metrics_file = Path(args.output_dir) / "metrics.jsonl"
+    loss_sum, num_micro_batches, started = 0.0, 0, time.perf_counter()
+    progress = tqdm(
+        total=plan.max_train_steps, initial=state.step, desc="Training", unit="step",
+        disable=not accelerator.is_main_process,
+    )
+    transformer.train()
+    while state.step < plan.max_train_steps:
+        sampler.epoch, sampler.first_batch = state.epoch, state.batch
+        for batch in loader:
+            with accelerator.accumulate(transformer):
+                latents = sample_latents(batch.moments, vae_config["scaling_factor"])  # [B, f, C, h, w]
+                image_latents = sample_image_latents(  # I2V: [B, f, C, h, w]
+                    batch.image_moments, latents.shape[1], vae_config, args.noised_image_dropout
+                )
+                rotary = rotary_for(transformer_config, latents, vae_scale_factor(vae_config))
+                loss = diffusion_loss(  # I2V:
+                    transformer, noise_scheduler, latents, image_latents, batch.prompt_embeds, rotary, dtype
+                )
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            loss_sum, num_micro_batches, state.batch = loss_sum + loss.detach(), num_micro_batches + 1, state.batch + 1
+            if not accelerator.sync_gradients:
+                continue  # up to here nothing waits for the GPU
+
+            lr_scheduler.step()
+            state.step += 1
+            step_means = accelerator.reduce(torch.stack([loss_sum / num_micro_batches, grad_norm]), reduction="mean")
+            mean_loss, norm = step_means.tolist()
+            check_finite(args, state.step, mean_loss, norm, accelerator.optimizer_step_was_skipped)
+            # As the originals logged it, the rate is the one that the schedule now stands at.
+            metrics = {"loss": mean_loss, "lr": lr_scheduler.get_last_lr()[0], "grad_norm": norm}
+            accelerator.log(metrics, step=state.step)
+            if accelerator.is_main_process:
+                seconds = round(time.perf_counter() - started, 4)
+                append_metrics(metrics_file, {"step": state.step, **metrics, "seconds": seconds})
+            progress.update()
+            progress.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{metrics['lr']:.2e}")
+            loss_sum, num_micro_batches, started = 0.0, 0, time.perf_counter()
+
+            if state.step % args.checkpointing_steps == 0:
+                save_checkpoint(args, accelerator, state)
+            if state.step >= plan.max_train_steps:
+                break
+            if args.validation_steps and state.step % args.validation_steps == 0:
+                validate(state)
+        else:
+            state.epoch, state.batch = state.epoch + 1, 0
+            if not args.validation_steps and state.epoch % args.validation_epochs == 0:
+                validate(state)
+    progress.close()
+
+
+def finish(
+    args: argparse.Namespace, accelerator: Accelerator, transformer: CogVideoXTransformer3DModel,
+    validate: Callable[[], list[np.ndarray]], repo_id: str | None,
+) -> None:
+    """Save the LoRA, then sample it, write its card, and upload, in the order of what must not be lost."""
+    output_dir = Path(args.output_dir)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        save_lora(transformer, output_dir)
+        logger.info(f"LoRA: {output_dir / LORA_FILE}")
+    videos = validate()
+    if accelerator.is_main_process:
+        prompt = validation_prompts(args)[0] if args.validation_prompt else None
+        name = repo_id or output_dir.resolve().name
+        save_model_card(name, videos, args.pretrained_model_name_or_path, prompt, args.output_dir, args.fps)
+    accelerator.end_training()
+    if repo_id is not None and accelerator.is_main_process:
+        upload(args, repo_id)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Check, precompute, train, save, publish: the data flow from top to bottom. Raises RunError."""
+    set_up_logging()
+    check_args(args)
+    transformer_config, vae_config = read_config(args, "transformer"), read_config(args, "vae")
+    check_model(args, transformer_config, vae_config)
+    dataset = VideoDataset(**{name: getattr(args, name) for name in inspect.signature(VideoDataset).parameters})
+    checkpoint = find_checkpoint(args)
+    repo_id = check_hub_access(args)
+    accelerator = get_accelerator(args)
+    if accelerator.is_main_process:
+        for leftover in Path(args.output_dir).glob(".*.partial"):  # of a run that was killed while it wrote
+            shutil.rmtree(leftover)
+    if args.allow_tf32:
+        torch.set_float32_matmul_precision("high")
+    seed = random.SystemRandom().getrandbits(31) if args.seed is None else args.seed
+    state = TrainingState(seed=broadcast_object_list([seed])[0])
+    frames = frames_4k_plus_1(args.max_num_frames)
+    if frames != args.max_num_frames:
+        logger.warning(f"--max_num_frames {args.max_num_frames} is not 4k+1: {frames} frames are used.")
+
+    # Each encoder is on the device alone, and gone before the transformer comes.
+    prompts = [dataset.prompt(index) for index in range(len(dataset))]
+    text_length = transformer_config["max_text_seq_length"]
+    prompt_files = precompute_prompts(args, accelerator, [*prompts, *validation_prompts(args), ""], text_length)
+    video_files = precompute_videos(args, accelerator, dataset)
+    latents = LatentDataset(video_files, [prompt_files[prompt] for prompt in prompts])
+    loader, sampler = get_dataloader(args, accelerator, latents, state.seed)
+    plan = plan_training(args, len(sampler), accelerator.num_processes)
+    check_lengths(transformer_config, sampler.shapes)  # I2V:
+
+    set_seed(state.seed)  # the LoRA starts the same in all processes
+    transformer = load_transformer(args, DTYPES[accelerator.mixed_precision])
+    trainable = add_lora(transformer, args.rank, args.lora_alpha)
+    noise_scheduler = CogVideoXDPMScheduler.from_pretrained(subfolder="scheduler", **pretrained_source(args))
+    optimizer = get_optimizer(args, [{"params": trainable, "lr": plan.learning_rate}])
+    lr_scheduler = get_lr_scheduler(args, optimizer, plan)
+    transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
+    accelerator.register_save_state_pre_hook(functools.partial(save_lora_hook, accelerator))
+    accelerator.register_load_state_pre_hook(functools.partial(load_lora_hook, accelerator))
+    set_seed(state.seed, device_specific=True)  # each process draws its own noise
+    if checkpoint is not None:
+        state = resume(accelerator, checkpoint)
+        sampler.seed = state.seed
+    elif args.resume_from_checkpoint:
+        logger.info(f"--resume_from_checkpoint latest: no checkpoint in {args.output_dir}, so this is a fresh start")
+
+    if accelerator.is_main_process:
+        start_metrics(Path(args.output_dir) / "metrics.jsonl", state.step)
+        name = args.tracker_name or DEFAULT_OUTPUT_DIR
+        accelerator.init_trackers(name, tracker_config(args), {"wandb": {"dir": accelerator.logging_dir}})
+    num_trainable = sum(parameter.numel() for parameter in trainable)
+    logger.info(f"Clips: {len(dataset)}, in batches of {plan.total_batch_size} a step, all processes together")
+    logger.info(f"LoRA: {num_trainable:,} parameters of rank {args.rank}, applied at {args.lora_alpha / args.rank:g}")
+    logger.info(f"Steps: {plan.max_train_steps}, {plan.steps_per_epoch} an epoch, {plan.num_epochs} epochs")
+
+    base = accelerator.unwrap_model(transformer)
+    validate = functools.partial(run_validation, args, accelerator, base, noise_scheduler, prompt_files)
+    train(
+        args, accelerator, transformer, optimizer, lr_scheduler, noise_scheduler, loader, sampler, plan, state,
+        vae_config, validate,
+    )
+    finish(args, accelerator, base, functools.partial(validate, state, is_final=True), repo_id)
+
+
+def command_line() -> None:
+    """Run as a script: a problem that has a name ends in one message, told by one process, and its exit code."""
+    try:
+        main(get_args())
+    except RunError as error:
+        if is_first_process():
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("Interrupted. --resume_from_checkpoint latest goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    command_line()
