@@ -1,11 +1,14 @@
-# make demo    trains a LoRA on a tiny model and shows what comes out
-# make test    ruff and the test suite
-# make clean   removes the virtual environment and the demo's files
+# make demo             trains a LoRA on a tiny model and shows what comes out
+# make demo KIND=i2v    the same for image-to-video
+# make test             ruff and the test suite, by JOBS processes
+# make clean            removes the virtual environment and the demo's files
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := .demo
+KIND ?= t2v
+JOBS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
@@ -21,12 +24,12 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt
 
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 demo: $(VENV)/.installed
 	rm -rf $(DEMO)
-	$(BIN)/python tests/tiny.py $(DEMO)
-	DEMO=$(DEMO) PATH="$(CURDIR)/$(BIN):$$PATH" bash tools/demo.sh
+	$(BIN)/python tests/tiny.py $(DEMO) --kind $(KIND)
+	DEMO=$(DEMO) KIND=$(KIND) PATH="$(CURDIR)/$(BIN):$$PATH" bash tools/demo.sh
 	$(BIN)/python tools/show_run.py $(DEMO)/output
 
 clean:

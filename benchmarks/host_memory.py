@@ -1,13 +1,14 @@
 """Peak host memory of training on few and on many clips of 49 x 480 x 720: it must not grow with their number.
 
-    python benchmarks/host_memory.py
+    python benchmarks/host_memory.py [--kind i2v]
 
-Runs the text-to-video script on a tiny model, with 4 and with 24 clips made here, each in a process of its own, and
-prints the peak resident memory of both (the kernel's own figure, of the process and of its decoding workers) and the
-difference a clip. Takes a quarter of an hour and more on 2 cores.
+Runs the text-to-video or the image-to-video script on a tiny model, with 4 and with 24 clips made here, each in a
+process of its own, and prints the peak resident memory of both (the kernel's own figure, of the process and of its
+decoding workers) and the difference a clip. Takes a quarter of an hour and more on 2 cores.
 """
 
 import argparse
+import importlib
 import os
 import resource
 import subprocess
@@ -18,11 +19,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+SCRIPTS = {"t2v": "train_cogvideox_lora", "i2v": "train_cogvideox_image_to_video_lora"}
 
 
-def measure(model: Path, clips: Path, output: Path, workers: int) -> tuple[float, float, float]:
+def measure(kind: str, model: Path, clips: Path, output: Path, workers: int) -> tuple[float, float, float]:
     """Peak resident MB of a training process, of its largest worker, and its seconds."""
-    command = [sys.executable, __file__, "--child", str(model), str(clips), str(output), str(workers)]
+    command = [sys.executable, __file__, "--child", kind, str(model), str(clips), str(output), str(workers)]
     started = time.perf_counter()
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
@@ -31,9 +33,8 @@ def measure(model: Path, clips: Path, output: Path, workers: int) -> tuple[float
     return float(own), float(worker), time.perf_counter() - started
 
 
-def child(model: str, clips: str, output: str, workers: str) -> None:
-    import train_cogvideox_lora as script
-
+def child(kind: str, model: str, clips: str, output: str, workers: str) -> None:
+    script = importlib.import_module(SCRIPTS[kind])
     script.main(
         script.get_args(
             f"--pretrained_model_name_or_path {model} --instance_data_root {clips} --caption_column prompts.txt "
@@ -48,6 +49,7 @@ def child(model: str, clips: str, output: str, workers: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", choices=SCRIPTS, default="t2v")
     parser.add_argument("--few", type=int, default=4)
     parser.add_argument("--many", type=int, default=24)
     parser.add_argument("--workers", type=int, default=0, help="--dataloader_num_workers of the runs")
@@ -56,11 +58,12 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        model = tiny.make_model(folder / "model", sample_height=60, sample_width=90, sample_frames=49)
+        size = {"sample_height": 60, "sample_width": 90, "sample_frames": 49}
+        model = tiny.make_model(folder / "model", args.kind, **size)
         peaks = {}
         for count in (args.few, args.many):
             clips = tiny.make_clips(folder / f"clips-{count}", count, num_frames=49, height=480, width=720)
-            own, worker, seconds = measure(model, clips, folder / f"output-{count}", args.workers)
+            own, worker, seconds = measure(args.kind, model, clips, folder / f"output-{count}", args.workers)
             peaks[count] = own
             print(f"{count:3} clips: peak {own:.0f} MB, largest worker {worker:.0f} MB, {seconds:.0f} s", flush=True)
         growth = (peaks[args.many] - peaks[args.few]) / (args.many - args.few)

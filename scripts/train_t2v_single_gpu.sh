@@ -3,7 +3,6 @@
 #   MODEL=THUDM/CogVideoX-5b MIXED_PRECISION=bf16 DATA=~/my_clips bash scripts/train_t2v_single_gpu.sh
 # Flags given to this script are passed on and win over those here.
 set -euo pipefail
-cd "$(dirname "$0")/.."
 
 MODEL=${MODEL:-THUDM/CogVideoX-2b}             # 2b was trained in fp16, 5b in bf16
 MIXED_PRECISION=${MIXED_PRECISION:-fp16}
@@ -12,8 +11,10 @@ OUTPUT=${OUTPUT:-cogvideox-lora}
 CACHE=${CACHE:-$HOME/.cache/huggingface/hub}   # downloaded models
 RANK=${LORA_RANK:-64}
 EPOCHS=${EPOCHS:-30}
-CONFIG=${CONFIG:-accelerate_configs/single_gpu.yaml}
 PROMPTS=${PROMPTS:-}                           # validation prompts, joined by :::
+
+here=$(cd "$(dirname "$0")/.." && pwd)
+CONFIG=${CONFIG:-$here/accelerate_configs/single_gpu.yaml}
 
 validation=()
 if [ -n "$PROMPTS" ]; then
@@ -21,7 +22,7 @@ if [ -n "$PROMPTS" ]; then
                 --validation_epochs 10)
 fi
 
-exec accelerate launch --quiet --config_file "$CONFIG" train_cogvideox_lora.py \
+exec accelerate launch --quiet --config_file "$CONFIG" "$here/train_cogvideox_lora.py" \
     --gradient_checkpointing \
     --pretrained_model_name_or_path "$MODEL" \
     --cache_dir "$CACHE" \

@@ -137,23 +137,23 @@ def test_line_files(script, tmp_path):
 TABLES = ["csv", "json", "jsonl", "parquet", "videofolder", "embedded"]
 
 
-@pytest.mark.parametrize("kind", TABLES)
-def test_tables(script, run, clips, tmp_path, kind):
+@pytest.mark.parametrize("table", TABLES)
+def test_tables(script, run, clips, tmp_path, table):
     import datasets
 
     captions = (clips / "prompts.txt").read_text().split("\n")[:4]
     paths = [f"videos/{i:02d}.mp4" for i in range(4)]
     rows = [{"text": caption, "video": path} for caption, path in zip(captions, paths, strict=True)]
-    name = str(clips / f"meta.{kind}")
-    if kind == "csv":
+    name = str(clips / f"meta.{table}")
+    if table == "csv":
         (clips / "meta.csv").write_text("text,video\n" + "".join(f"{r['text']},{r['video']}\n" for r in rows))
-    elif kind == "json":
+    elif table == "json":
         (clips / "meta.json").write_text(json.dumps(rows))
-    elif kind == "jsonl":
+    elif table == "jsonl":
         (clips / "meta.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif kind == "parquet":
+    elif table == "parquet":
         datasets.Dataset.from_list(rows).to_parquet(name)
-    elif kind == "videofolder":
+    elif table == "videofolder":
         name = str(clips / "videos")
         lines = [f"{i:02d}.mp4,{caption}\n" for i, caption in enumerate(captions)]
         (clips / "videos" / "metadata.csv").write_text("file_name,text\n" + "".join(lines))

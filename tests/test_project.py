@@ -8,10 +8,12 @@ import shlex
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import ROOT
+from conftest import ROOT, SCRIPTS
+from PIL import Image
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
@@ -26,21 +28,25 @@ COMMANDS = [
 def launched_script(words: list[str]):
     """The script that a launch command names, and the flags it hands over."""
     position = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    return importlib.import_module(words[position].removesuffix(".py")), words[position + 1 :]
+    return importlib.import_module(Path(words[position]).stem), words[position + 1 :]
 
 
-@pytest.mark.parametrize("words", [c for c in COMMANDS if c[0] == "accelerate"], ids=["2b", "5b"])
-def test_launch_commands_parse(words, tmp_path):
+@pytest.mark.parametrize("words", [c for c in COMMANDS if c[0] == "accelerate"], ids=["2b", "5b", "5b-i2v"])
+def test_launch_commands_parse(words, tmp_path, request):
     assert words[:4] == ["accelerate", "launch", "--quiet", "--config_file"] and (ROOT / words[4]).is_file()
     script, flags = launched_script(words)
     args = script.get_args(flags)
+    assert ("i2v" in request.node.callspec.id) == (script.KIND == "image-to-video")
     (tmp_path / "my_clips").mkdir()
+    if script.KIND == "image-to-video":
+        for path in script.validation_images(args):
+            Image.new("RGB", (720, 480)).save(tmp_path / path)
     script.check_args(args)
 
 
 def test_other_commands_are_real():
     others = {" ".join(c) for c in COMMANDS if c[0] != "accelerate"}
-    assert others == {"pip install -r requirements.txt", "make demo", "make test"}
+    assert others == {"pip install -r requirements.txt", "make demo", "make demo KIND=i2v", "make test"}
     makefile = (ROOT / "Makefile").read_text()
     assert re.search(r"^demo:", makefile, re.M) and re.search(r"^test:", makefile, re.M)
     assert "make test" in (ROOT / ".ci" / "run").read_text()
@@ -50,20 +56,22 @@ def test_other_commands_are_real():
         assert (ROOT / command).is_file(), command
 
 
-def test_flags_in_the_readme_exist(script):
-    source = (ROOT / f"{script.__name__}.py").read_text()
-    declared = set(re.findall(r'add\("(--\w+)"', source))
+def test_flags_in_the_readme_exist():
+    sources = "".join((ROOT / f"{name}.py").read_text() for name in SCRIPTS)
+    declared = set(re.findall(r'add\("(--\w+)"', sources))
     prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
     elsewhere = {"--help", "--quiet", "--shm"}
     assert set(re.findall(r"--\w+", prose)) - elsewhere <= declared
 
 
-def test_snippet_runs(run, model, tmp_path):
+def test_snippet_runs(run, kind, models, tmp_path):
     """The README's own lines, with the tiny model's name and frames in place of the real one's."""
     run(output_dir=tmp_path / "my_lora")
-    (snippet,) = (block for language, block in BLOCKS if language == "python")
-    assert "pipe.load_lora_weights" in snippet and "set_adapters" not in snippet
-    snippet = snippet.replace('"THUDM/CogVideoX-2b"', repr(str(model))).replace("num_frames=49", "num_frames=9")
+    text_to_video, changed = (block for language, block in BLOCKS if language == "python")
+    assert "pipe.load_lora_weights" in text_to_video and "set_adapters" not in text_to_video
+    snippet = {"t2v": text_to_video, "i2v": changed}[kind]
+    Image.new("RGB", (720, 480)).save(tmp_path / "start.png")
+    snippet = re.sub(r'"THUDM/[^"]*"', repr(str(models[kind])), snippet).replace("num_frames=49", "num_frames=9")
     exec(compile(snippet, "README.md", "exec"), {})
     assert (tmp_path / "video.mp4").stat().st_size > 0
 
@@ -78,7 +86,10 @@ def test_accelerate_configs_parse(config):
 LAUNCHERS = [
     ("scripts/train_t2v_single_gpu.sh", {"DATA": ".", "PROMPTS": "a b:::c"}),
     ("scripts/train_t2v_single_gpu.sh", {"DATA": ".", "MODEL": "THUDM/CogVideoX-5b", "MIXED_PRECISION": "bf16"}),
+    ("scripts/train_i2v_single_gpu.sh", {"DATA": ".", "PROMPTS": "a b:::c", "IMAGES": "a b.png:::c.png"}),
+    ("scripts/train_i2v_single_gpu.sh", {"DATA": "."}),
     ("tools/demo.sh", {"DEMO": ".demo"}),
+    ("tools/demo.sh", {"DEMO": ".demo", "KIND": "i2v"}),
 ]
 
 
@@ -90,7 +101,8 @@ def test_shell_scripts_launch(launcher, settings, tmp_path):
     fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
     path = f"{tmp_path}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", str(ROOT / launcher), "--seed", "7"], capture_output=True, text=True, cwd=ROOT,
+        ["bash", str(ROOT / launcher), "--seed", "7"], capture_output=True, text=True,
+        cwd=tmp_path if launcher.startswith("scripts") else ROOT,
         env=os.environ | settings | {"PATH": path},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -100,16 +112,17 @@ def test_shell_scripts_launch(launcher, settings, tmp_path):
     args = script.get_args(flags)
     if launcher.startswith("scripts"):
         assert args.seed == 7
-        assert args.pretrained_model_name_or_path == settings.get("MODEL", "THUDM/CogVideoX-2b")
+        default = {"train_cogvideox_lora": "THUDM/CogVideoX-2b"}.get(script.__name__, "THUDM/CogVideoX-5b-I2V")
+        assert args.pretrained_model_name_or_path == settings.get("MODEL", default)
         assert args.validation_prompt == settings.get("PROMPTS")
+        assert getattr(args, "validation_images", None) == settings.get("IMAGES")
         assert (args.height, args.width, args.max_num_frames, args.gradient_checkpointing) == (480, 720, 49, True)
 
 
-def test_shell_script_asks_for_data():
+@pytest.mark.parametrize("launcher", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda path: path.name)
+def test_shell_script_asks_for_data(launcher):
     environment = {key: value for key, value in os.environ.items() if key != "DATA"}
-    done = subprocess.run(
-        ["bash", str(ROOT / "scripts/train_t2v_single_gpu.sh")], capture_output=True, text=True, env=environment
-    )
+    done = subprocess.run(["bash", str(launcher)], capture_output=True, text=True, env=environment)
     assert done.returncode != 0 and "set DATA to the folder" in done.stderr
 
 

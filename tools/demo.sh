@@ -1,19 +1,27 @@
 #!/usr/bin/env bash
-# The training of `make demo`: a tiny text-to-video model on a few moving squares, through accelerate launch.
-# DEMO names the folder that holds model/ and clips/ and will hold output/.
+# The training of `make demo`: a tiny model of KIND t2v or i2v on a few moving squares, through accelerate launch.
+# DEMO names the folder that holds model/, clips/ and (i2v) images/, and will hold output/.
 set -euo pipefail
 
+case ${KIND:-t2v} in
+    t2v) script=train_cogvideox_lora.py
+         validation=(--validation_prompt "a white square moves right:::a white square moves down") ;;
+    i2v) script=train_cogvideox_image_to_video_lora.py
+         validation=(--validation_prompt "a white square moves right:::a white square moves down"
+                     --validation_images "$DEMO/images/right.png:::$DEMO/images/down.png") ;;
+    *) echo "KIND is t2v or i2v, not $KIND" >&2; exit 2 ;;
+esac
 config=accelerate_configs/cpu.yaml
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     config=accelerate_configs/single_gpu.yaml
 fi
 
-accelerate launch --quiet --config_file "$config" train_cogvideox_lora.py \
+accelerate launch --quiet --config_file "$config" "$script" \
     --pretrained_model_name_or_path "$DEMO/model" \
     --instance_data_root "$DEMO/clips" \
     --caption_column prompts.txt \
     --video_column videos.txt \
-    --validation_prompt "a white square moves right:::a white square moves down" \
+    "${validation[@]}" \
     --height 64 --width 96 --max_num_frames 9 --fps 8 \
     --rank 16 --lora_alpha 16 --learning_rate 2e-2 --lr_scheduler cosine --lr_warmup_steps 20 \
     --train_batch_size 4 --max_train_steps 500 --optimizer adamw --mixed_precision no \
