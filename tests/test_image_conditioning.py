@@ -145,6 +145,15 @@ def test_start_image_is_cropped_as_a_clip(script, flags, tmp_path):
         assert (np.asarray(image)[..., 0] > 127).mean() == pytest.approx(red, abs=0.02)
 
 
+def test_each_prompt_is_sampled_from_its_own_image(script, run, start_images, monkeypatch):
+    asked = []
+    monkeypatch.setattr(script, "log_validation", lambda *args, **_: asked.append((args[3]["image"], args[8])) or [])
+    run(validation_prompt="one:::two", num_inference_steps=1)
+    assert [prompt for _, prompt in asked] == ["one", "two"]
+    for (image, _), path in zip(asked, start_images, strict=False):
+        assert np.array_equal(np.asarray(image), np.asarray(Image.open(path)))
+
+
 @pytest.mark.parametrize(("dropout", "low", "high"), [(0, 0, 0), (0.5, 0.45, 0.55), (1, 1, 1)])
 def test_dropout_zeroes_whole_clips(script, dropout, low, high):
     torch.manual_seed(0)

@@ -174,6 +174,25 @@ def test_encoders_and_transformer_are_never_loaded_together(script, run, clips, 
     assert seen == {"videos": ["AutoencoderKLCogVideoX"], "before transformer": []}
 
 
+def test_the_scripts_may_share_a_folder(t2v, i2v, models, clips, tmp_path):
+    """Even where their models have one VAE: what they need of a clip is not the same."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    for script, kind in ((t2v, "t2v"), (i2v, "i2v"), (t2v, "t2v")):
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        folder = tmp_path / kind
+        if not folder.exists():
+            shutil.copytree(models[kind], folder)
+            shutil.rmtree(folder / "vae")
+            (folder / "vae").symlink_to(models["t2v"] / "vae")
+        words = f"--instance_data_root {clips} --caption_column prompts.txt --video_column videos.txt --height 64 "
+        words += f"--width 96 --max_num_frames 9 --rank 2 --max_train_steps 1 --output_dir {tmp_path / 'output'}"
+        script.main(script.get_args(["--pretrained_model_name_or_path", str(folder), *words.split()]))
+    sizes = [len(load_file(path)) for path in (clips / ".cogvideox_precomputed" / "videos").iterdir()]
+    assert sorted(sizes) == [1] * 4 + [2] * 4
+
+
 def test_killed_precompute_leaves_whole_files_and_goes_on(script, flags, rerun, clips):
     """SIGKILL while the third video's file is half written."""
     slow = f"""
