@@ -38,12 +38,15 @@ import io
 import json
 import logging
 import math
+import multiprocessing
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -71,7 +74,7 @@ from diffusers.utils import export_to_video, load_image  # I2V: load_image
 from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image, ImageOps  # I2V: ImageOps
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.functional import InterpolationMode, resize
@@ -89,11 +92,24 @@ TRAINERS = {"text-to-video": "train_cogvideox_lora.py", "image-to-video": "train
 LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 LORA_FILE = "pytorch_lora_weights.safetensors"
 CACHE_FORMAT = 1  # raise it when the content of a precomputed file changes for the same key
+CHECKPOINT_NEEDS = {"rank", "lora_targets", "optimizer", "use_8bit_adam"}  # of others a run cannot go on
+CHECKPOINT_CHANGES = {  # with others it can, but is another run
+    "lora_alpha": "the LoRA is applied at another strength than it has learned at",
+    "learning_rate": "the checkpoint's stays",
+    "lr_scheduler": "the rates to come are other ones",
+    "mixed_precision": "the base computes in another dtype",
+    "gradient_accumulation_steps": "a step learns from another number of clips",
+    "num_clips": "some clips of this epoch may come twice or not at all",
+    **dict.fromkeys(["train_batch_size", "num_processes"], "the place in the epoch is kept, as nearly as it can be"),
+    **dict.fromkeys(["height", "width", "max_num_frames"], "the clips have another size or length"),
+}
+DECODE_SECONDS = 60  # after which a clip counts as one that cannot be decoded
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class RunError(Exception):
-    """Ends the run in one message; exit code 2: wrong input, 3: loss that is not finite, 4: failed upload."""
+    """Ends the run in one message. Exit code 1: the LoRA cannot be written, 2: wrong input, 3: loss or weights that
+    are not finite, 4: failed upload, 128 + n: stopped by signal n."""
 
     def __init__(self, message: str, exit_code: int = 2):
         super().__init__(message)
@@ -104,6 +120,21 @@ def listing(items: list[str], limit: int = 20) -> str:
     """`items` one below the other, the tail counted instead of shown."""
     shown = [f"  - {item}" for item in items[:limit]]
     return "\n".join(shown + ([f"  … and {len(items) - limit} more"] if len(items) > limit else []))
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    logger.error(message)  # error, and not warning: the processes other than the first one say nothing less
+
+
+def attempt(what: str, action: Callable, *arguments, **keywords) -> bool:
+    """Do what the training does not depend on: a failure is logged, once if it repeats, and the run goes on."""
+    try:
+        action(*arguments, **keywords)
+    except Exception as error:  # whatever a tracker, a full disk or a lost network may raise
+        warn_once(f"{what} failed, the run goes on: {type(error).__name__}: {error}")
+        return False
+    return True
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
@@ -150,7 +181,8 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     samplings = ["stride", "uniform", "fps"]
     add("--frame_sampling", choices=samplings, default="stride", help="which frames of a long clip are taken")
     add("--random_flip", action="store_true", help="horizontal flips: each clip is encoded both ways")
-    add("--dataloader_num_workers", type=int, default=0, help="processes that decode and read; 0: the main process")
+    add("--dataloader_num_workers", type=int, default=0, help="processes that decode and read; 0: one that decodes")
+    add("--skip_bad_videos", action="store_true", help="train without the clips that cannot be decoded")
     add("--precompute_dir", help="default: .cogvideox_precomputed in --instance_data_root, else in --output_dir")
 
 
@@ -747,17 +779,52 @@ def item_path(folder: Path, kind: str, **content) -> Path:
     return folder / kind / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.safetensors"
 
 
+def checksum(tensors: dict[str, torch.Tensor]) -> str:
+    """Of names, dtypes, shapes and values."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def write_item(path: Path, **tensors: torch.Tensor) -> None:
     """Write a precomputed item whole or not at all: under a temporary name first. Raises RunError naming the path."""
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.stem}.{os.uname().nodename}.{os.getpid()}.partial")
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
+        save_file(tensors, partial, {"checksum": checksum(tensors)})
         os.replace(partial, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise RunError(f"{path} cannot be written: {error} (--precompute_dir takes another place)") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a precomputed file holds what was written into it, to the bit."""
+    try:
+        with safe_open(path, framework="pt") as item:
+            tensors = {name: item.get_tensor(name) for name in item.keys()}
+            return item.metadata()["checksum"] == checksum(tensors)
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError):
+        return False
+
+
+def check_items(accelerator: Accelerator, folder: Path, paths: list[Path]) -> None:
+    """Remove those of `paths` that are damaged, each process looking at its share, and the temporary files of runs of
+    this machine that were killed. (Other runs may be at work in the same folder.)"""
+    for path in paths[accelerator.process_index :: accelerator.num_processes]:
+        if path.exists() and not is_whole(path):
+            logger.error(f"{path} is damaged: it is encoded anew")
+            path.unlink(missing_ok=True)
+    if accelerator.is_main_process:
+        for partial in folder.glob("*/.*.partial"):
+            _, _, *machine, process, _ = partial.name.split(".")
+            if ".".join(machine) == os.uname().nodename and not Path("/proc", process).exists():
+                partial.unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
 
 
 def precompute_prompts(
@@ -771,6 +838,7 @@ def precompute_prompts(
     encoder = model_identity(args, "text_encoder", "tokenizer")
     content = {"max_sequence_length": max_sequence_length, "dtype": str(dtype), "encoder": encoder}
     paths = {prompt: item_path(precompute_folder(args), "prompts", prompt=prompt, **content) for prompt in prompts}
+    check_items(accelerator, precompute_folder(args), list(paths.values()))
     new = [prompt for prompt, path in paths.items() if not path.exists()]
     logger.info(f"Prompts: {len(paths) - len(new)} of {len(paths)} come from {precompute_folder(args)}")
     accelerator.wait_for_everyone()  # all have counted before the first one writes
@@ -795,22 +863,67 @@ def precompute_prompts(
     return paths
 
 
-class DecodeJobs(Dataset):
-    """Clips to decode in worker processes; an item is (index, pixels), or (index, why it cannot be decoded)."""
+def decode_in_child(connection, dataset: VideoDataset, index: int, dtype: torch.dtype) -> None:
+    """Send the pixels of a clip, its shape before it, or in place of both why it cannot be decoded."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)  # a forked process has none of its parent's
+    try:
+        video = dataset[index]["instance_video"].to(dtype)  # [F, C, H, W]
+    except Exception as error:  # decord, PIL and torch each have their own
+        connection.send((str(error).strip().splitlines() or [type(error).__name__])[-1])
+    else:
+        connection.send(tuple(video.shape))
+        for frame in video:
+            connection.send_bytes(frame.flatten().view(torch.uint8).numpy())  # flat: bytes are counted in its length
 
-    def __init__(self, dataset: VideoDataset, indices: list[int], dtype: torch.dtype):
-        self.dataset, self.indices, self.dtype = dataset, indices, dtype
 
-    def __len__(self) -> int:
-        return len(self.indices)
+def receive_video(connection, dtype: torch.dtype, deadline: float) -> torch.Tensor | str:
+    """What `decode_in_child` sends: pixels [F, C, H, W], or what is wrong with the clip."""
+    if not connection.poll(max(0, deadline - time.monotonic())):
+        return f"it was not decoded within {DECODE_SECONDS} seconds"
+    try:
+        shape = connection.recv()
+        if isinstance(shape, str):
+            return shape
+        video = torch.empty(shape, dtype=dtype)  # [F, C, H, W]
+        for frame in video:
+            connection.recv_bytes_into(frame.view(-1).view(torch.uint8).numpy())
+        return video
+    except EOFError:
+        return "the decoder crashed on it"
 
-    def __getitem__(self, job: int) -> tuple[int, torch.Tensor | str]:
-        index = self.indices[job]
-        try:
-            return index, self.dataset[index]["instance_video"].to(self.dtype)  # [F, C, H, W]
-        except Exception as error:  # one bad clip must not keep the others from being tried
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            return index, f"{self.dataset.records[index].path}: {reason[-1]}"
+
+def decode_videos(
+    dataset: VideoDataset, indices: list[int], dtype: torch.dtype, num_workers: int
+) -> Iterator[tuple[int, torch.Tensor | str]]:
+    """Each clip's index with its pixels [F, C, H, W], or with what is wrong with it.
+
+    Every clip has a process of its own, `num_workers` of them at a time and ahead: a file that crashes the decoder,
+    hangs it or makes it eat memory costs that clip and nothing else.
+    """
+    context = multiprocessing.get_context("fork")
+    waiting, running = deque(indices), deque()
+    try:
+        while waiting or running:
+            while waiting and len(running) < num_workers:
+                ours, theirs = context.Pipe(duplex=False)
+                index = waiting.popleft()
+                process = context.Process(target=decode_in_child, args=(theirs, dataset, index, dtype), daemon=True)
+                process.start()
+                theirs.close()  # so that a dead child is an end of file
+                running.append((index, process, ours, time.monotonic() + DECODE_SECONDS))
+            index, process, ours, deadline = running[0]
+            video = receive_video(ours, dtype, deadline)
+            process.kill()  # it has sent all, or never will
+            process.join()
+            ours.close()
+            running.popleft()
+            yield index, video
+    finally:
+        for _, process, ours, _ in running:
+            process.kill()
+            ours.close()
 
 
 def video_source(record: VideoRecord) -> dict:
@@ -823,47 +936,51 @@ def video_source(record: VideoRecord) -> dict:
 
 def precompute_videos(
     args: argparse.Namespace, accelerator: Accelerator, dataset: VideoDataset
-) -> list[tuple[Path, ...]]:
+) -> list[tuple[Path, ...] | None]:
     """Encode each clip once, and its mirror image for --random_flip; returns the files of each clip.
 
     A file holds `moments` [2c, f, h, w] in the compute dtype. The VAE is loaded only if a clip is new, and freed
-    before this returns. Raises RunError that lists every clip that could not be decoded; the others stay encoded.
+    before this returns. Raises RunError that lists every clip that could not be decoded, the others staying encoded;
+    with --skip_bad_videos those have None in place of their files.
     """
     dtype = DTYPES[accelerator.mixed_precision]
     encoder = model_identity(args, "vae") | {"tiling": args.enable_tiling}
     settings = dataset.settings.content_key()
     flips = (False, True) if args.random_flip else (False,)
-    paths = []
+    folder, paths = precompute_folder(args), []
     for record in dataset.records:
         content = {"source": video_source(record), "settings": settings, "dtype": str(dtype), "encoder": encoder}
-        folder = precompute_folder(args)
         paths.append(tuple(item_path(folder, "videos", made_for=KIND, flip=flip, **content) for flip in flips))
+    check_items(accelerator, folder, [path for files in paths for path in files])
     new = list({files: i for i, files in enumerate(paths) if not all(file.exists() for file in files)}.values())
-    logger.info(f"Videos: {len(paths) - len(new)} of {len(paths)} come from {precompute_folder(args)}")
+    logger.info(f"Videos: {len(paths) - len(new)} of {len(paths)} come from {folder}")
     accelerator.wait_for_everyone()  # all have counted before the first one writes
     share = new[accelerator.process_index :: accelerator.num_processes]
-    bad = encode_videos(args, accelerator, dataset, share, paths, dtype) if share else []
-    bad = accelerator.gather_for_metrics(bad, use_gather_object=True)
-    if bad:
-        raise RunError(f"{len(bad)} of {len(paths)} videos cannot be decoded:\n{listing(bad, limit=200)}")
-    return paths
+    bad = encode_videos(args, accelerator, dataset, share, paths, dtype) if share else {}
+    bad = dict(accelerator.gather_for_metrics(list(bad.items()), use_gather_object=True))
+    if not bad:
+        return paths
+    without = {paths[index] for index in bad}  # a clip that is listed twice was tried once
+    kept = [None if files in without else files for files in paths]
+    said = f"{kept.count(None)} of {len(paths)} videos cannot be decoded"
+    if not args.skip_bad_videos or not any(kept):
+        raise RunError(f"{said}:\n{listing(sorted(bad.values()), limit=200)}")
+    logger.warning(f"{said} and are left out:\n{listing(sorted(bad.values()), limit=200)}")
+    return kept
 
 
 def encode_videos(
     args: argparse.Namespace, accelerator: Accelerator, dataset: VideoDataset, indices: list[int],
     paths: list[tuple[Path, ...]], dtype: torch.dtype,
-) -> list[str]:
-    """Decode and encode the clips `indices` into their `paths`; returns the complaints about those that failed."""
+) -> dict[int, str]:
+    """Decode and encode the clips `indices` into their `paths`; returns what is wrong with those that failed."""
     vae = load_vae(args, dtype).to(accelerator.device)
-    workers = args.dataloader_num_workers
-    prefetch = 1 if workers else None  # a decoded clip is 100 MB and more
-    jobs = DataLoader(
-        DecodeJobs(dataset, indices, dtype), batch_size=None, num_workers=workers, prefetch_factor=prefetch
-    )
-    bad = []
-    for index, video in tqdm(jobs, "Encoding videos", unit="video", disable=not accelerator.is_main_process):
+    decoded = decode_videos(dataset, indices, dtype, max(1, args.dataloader_num_workers))
+    progress = tqdm(decoded, "Encoding videos", len(indices), unit="video", disable=not accelerator.is_main_process)
+    bad = {}
+    for index, video in progress:
         if isinstance(video, str):
-            bad.append(video)
+            bad[index] = f"{dataset.records[index].path}: {video}"
             continue
         for flipped, path in enumerate(paths[index]):
             if not path.exists():
@@ -964,6 +1081,12 @@ class ShapeBatchSampler(Sampler[list[tuple[int, bool]]]):
         return len(self.all_batches()) // self.num_processes
 
 
+def ignore_signals(_worker: int) -> None:
+    """A signal to the process group reaches its loading processes, too: their batches are needed to finish a step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def get_dataloader(
     args: argparse.Namespace, accelerator: Accelerator, dataset: LatentDataset, seed: int
 ) -> tuple[DataLoader, ShapeBatchSampler]:
@@ -975,7 +1098,7 @@ def get_dataloader(
     workers = args.dataloader_num_workers
     loader = DataLoader(
         dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers, persistent_workers=workers > 0,
-        pin_memory=accelerator.device.type == "cuda",
+        pin_memory=accelerator.device.type == "cuda", worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # a loader draws a seed each epoch: not from the stream that noise comes from
     )
     # Accelerate moves the batches and tells the last one of an epoch; the sampler has shared them out already, because
@@ -1229,39 +1352,100 @@ def load_lora_hook(accelerator: Accelerator, models: list, input_dir: str) -> No
     models.clear()  # accelerate loads what is left here
 
 
+def read_training_state(folder: Path) -> tuple[float, dict, dict]:
+    """When a checkpoint was written, the settings of its run, and where the run was."""
+    content = json.loads((folder / "training_state.json").read_text())
+    return content["saved_at"], content["settings"], content["state"]
+
+
+def checkpoint_time(folder: Path) -> float:
+    """When a checkpoint says that it was written; 0 for what is no complete checkpoint."""
+    try:
+        return read_training_state(folder)[0]
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
+
+
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, the oldest first, by the time that each one says it was written at."""
-    found = []
-    for folder in output_dir.glob("checkpoint-*"):
-        try:
-            found.append((json.loads((folder / "training_state.json").read_text())["saved_at"], folder))
-        except (OSError, ValueError, KeyError):  # no checkpoint of ours
-            continue
-    return [folder for _, folder in sorted(found)]
+    """The complete checkpoints of a run, the oldest first."""
+    return sorted(filter(checkpoint_time, output_dir.glob("checkpoint-*")), key=checkpoint_time)
 
 
-def save_checkpoint(args: argparse.Namespace, accelerator: Accelerator, state: TrainingState) -> None:
-    """Write checkpoint-N: under a temporary name first, so that a folder with its final name is whole. Then remove
-    the oldest beyond --checkpoints_total_limit."""
+def run_settings(args: argparse.Namespace, accelerator: Accelerator, num_clips: int) -> dict:
+    """What a checkpoint depends on, as CHECKPOINT_NEEDS and CHECKPOINT_CHANGES name it."""
+    counted = {"lora_targets": LORA_TARGETS, "num_processes": accelerator.num_processes, "num_clips": num_clips}
+    names = CHECKPOINT_NEEDS | CHECKPOINT_CHANGES.keys()
+    return counted | {name: getattr(args, name) for name in sorted(names - counted.keys())}
+
+
+def check_checkpoint(folder: Path, settings: dict) -> None:
+    """Hold a checkpoint against the settings of the run that is to go on from it: warn of what changes, and raise
+    RunError where it cannot go on."""
+    _, saved, _ = read_training_state(folder)
+    changed = {name: f"{name} was {saved[name]}, is {new}" for name, new in settings.items() if saved[name] != new}
+    refused = [text for name, text in changed.items() if name in CHECKPOINT_NEEDS]
+    if refused:
+        raise RunError(f"--resume_from_checkpoint: {folder} does not fit these flags:\n{listing(refused)}")
+    if changed:
+        texts = [f"{text}: {CHECKPOINT_CHANGES[name]}" for name, text in changed.items()]
+        logger.warning(f"This run goes on from {folder} in another way:\n{listing(texts)}")
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Under another name first: a folder that has its final name is complete, while it is removed, too."""
+    doomed = folder.with_name(f".{folder.name}.removed.partial")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def publish_checkpoint(args: argparse.Namespace, partial: Path, folder: Path, state: TrainingState, settings: dict):
+    """Give a complete checkpoint its name; then remove the oldest ones beyond --checkpoints_total_limit."""
+    before = list_checkpoints(folder.parent)
+    # A clock that was set back must not make the newest checkpoint the oldest.
+    saved_at = max([time.time(), *(checkpoint_time(old) + 1e-3 for old in before[-1:])])
+    content = {"saved_at": saved_at, "settings": settings, "state": dataclasses.asdict(state)}
+    (partial / "training_state.json").write_text(json.dumps(content, indent=1))
+    replaced = folder.with_name(f"{folder.name}.replaced")  # a complete checkpoint under this name, too
+    if folder.exists():  # an earlier run in the same output dir came this far
+        os.replace(folder, replaced)
+    os.replace(partial, folder)
+    if replaced.exists():
+        remove_checkpoint(replaced)
+    if args.checkpoints_total_limit is not None:
+        for old in list_checkpoints(folder.parent)[: -args.checkpoints_total_limit]:
+            remove_checkpoint(old)
+
+
+def save_checkpoint(
+    args: argparse.Namespace, accelerator: Accelerator, state: TrainingState, settings: dict
+) -> None:
+    """Write checkpoint-N, all processes together: under a temporary name, so that a folder with its final name is
+    whole. Where a process cannot write, that is logged, the checkpoints before it stay, and training goes on."""
     folder = Path(args.output_dir) / f"checkpoint-{state.step}"
     partial = folder.with_name(f".{folder.name}.partial")
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
+    failed = not attempt(f"Writing {folder}", accelerator.save_state, str(partial))
+    failed = accelerator.reduce(torch.tensor(float(failed), device=accelerator.device)).item() > 0
     if accelerator.is_main_process:
-        content = {"saved_at": time.time(), "state": dataclasses.asdict(state)}
-        (partial / "training_state.json").write_text(json.dumps(content, indent=1))
-        replaced = folder.with_name(f".{folder.name}.replaced.partial")
-        if folder.exists():  # an earlier run in the same output dir came this far
-            os.replace(folder, replaced)
-        os.replace(partial, folder)
-        shutil.rmtree(replaced, ignore_errors=True)
-        if args.checkpoints_total_limit is not None:
-            for old in list_checkpoints(folder.parent)[: -args.checkpoints_total_limit]:
-                shutil.rmtree(old)
-    logger.info(f"Saved {folder}")
+        if failed:
+            shutil.rmtree(partial, ignore_errors=True)
+        elif attempt(f"Writing {folder}", publish_checkpoint, args, partial, folder, state, settings):
+            logger.info(f"Saved {folder}")
+    accelerator.wait_for_everyone()
+
+
+def clean_up(output_dir: Path) -> None:
+    """Remove what a run that was killed left half-written, and put back a checkpoint that it was about to replace."""
+    for replaced in output_dir.glob("checkpoint-*.replaced"):
+        if replaced.with_suffix("").exists():
+            remove_checkpoint(replaced)
+        else:
+            os.replace(replaced, replaced.with_suffix(""))
+    for leftover in (*output_dir.glob(".*.partial"), *output_dir.glob("validation/.*.partial.mp4")):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def find_checkpoint(args: argparse.Namespace) -> Path | None:
@@ -1273,16 +1457,19 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     if wanted == "latest":
         return complete[-1] if complete else None
     for folder in (Path(args.output_dir) / wanted, Path(wanted)):
-        if (folder / "training_state.json").is_file():
+        if checkpoint_time(folder):
             return folder
     there = ", ".join(folder.name for folder in complete) or "none"
     raise RunError(f"--resume_from_checkpoint {wanted}: no complete checkpoint there; {args.output_dir} has {there}")
 
 
-def resume(accelerator: Accelerator, folder: Path) -> TrainingState:
+def resume(accelerator: Accelerator, folder: Path, settings: dict) -> TrainingState:
     """Load LoRA, optimizer, schedule and this process's random generators; returns where the run was."""
     accelerator.load_state(str(folder))
-    state = TrainingState(**json.loads((folder / "training_state.json").read_text())["state"])
+    _, saved, state = read_training_state(folder)
+    state = TrainingState(**state)
+    clips = state.batch * saved["train_batch_size"] * saved["num_processes"]  # of this epoch, seen already
+    state.batch = clips // (settings["train_batch_size"] * settings["num_processes"])
     logger.info(f"Resumed {folder}: step {state.step}, epoch {state.epoch + 1}, batch {state.batch} of it")
     return state
 
@@ -1359,10 +1546,15 @@ def log_validation(
         # Of an even number of latent frames the VAE makes four frames of the first one too: the last F are the video.
         video = video[-pipeline_args.get("num_frames", 0) :]  # [F, H, W, C]
         file = folder / f"{phase}_step-{step:06d}_{name}video-{index}.mp4"
-        export_to_video(list(video), str(file), fps=args.fps)
+        partial = file.with_name(f".{file.stem}.partial.mp4")
+        export_to_video(list(video), str(partial), fps=args.fps)
+        if len(decord.VideoReader(str(partial))) != len(video):  # ffmpeg on a full disk: imageio does not tell
+            raise OSError(f"{file} was not written whole")
+        os.replace(partial, file)
         videos.append(video)
         files.append(file)
-    send_videos(accelerator, phase, files, caption or pipeline_args.get("prompt", ""), step, args.fps)
+    caption = caption or pipeline_args.get("prompt", "")
+    attempt("Showing videos in the trackers", send_videos, accelerator, phase, files, caption, step, args.fps)
     return videos
 
 
@@ -1373,16 +1565,17 @@ def run_validation(
 ) -> list[np.ndarray]:
     """Sample every validation prompt with the LoRA as it is; returns the videos, empty if validation failed.
 
-    The prompts were encoded at the start, so the text encoder is not loaded. A failure (out of memory, a broken
-    tracker) is logged, and training goes on.
+    The prompts were encoded at the start, so the text encoder is not loaded. A failure (out of memory, a full disk)
+    is logged, and training goes on. A signal to stop ends the sampling at once.
     """
     prompts = validation_prompts(args)
-    if not prompts or not accelerator.is_main_process:
+    if not prompts or not accelerator.is_main_process or STOP.number:
         return []
     logger.info(f"Validation at step {state.step}: {len(prompts)} prompts, {args.num_validation_videos} videos each")
     videos, pipe = [], None
     transformer.eval()
     try:
+        STOP.at_once = True
         models = {"transformer": transformer, "scheduler": noise_scheduler, "tokenizer": None, "text_encoder": None}
         vae = load_vae(args, DTYPES[accelerator.mixed_precision])
         pipe = PIPELINE(vae=vae.to(accelerator.device), **models)
@@ -1402,7 +1595,10 @@ def run_validation(
     except Exception:  # the weights matter more than a sample of them
         logger.warning("Validation failed; training is not affected:", exc_info=True)
         videos = []
+    except Interrupted:
+        logger.warning("Validation is cut short.")
     finally:
+        STOP.at_once = False
         pipe = vae = None
         transformer.train()
         clear_device_cache(garbage_collection=True)
@@ -1473,12 +1669,12 @@ def upload(args: argparse.Namespace, repo_id: str) -> None:
     files = [LORA_FILE, "README.md", "final_video_*.mp4"]
     try:
         HfApi(token=args.hub_token).upload_folder(repo_id=repo_id, folder_path=args.output_dir, allow_patterns=files)
-    except Exception as error:
+    except (Exception, Interrupted) as error:
         includes = " ".join(f"--include '{name}'" for name in files)
         raise RunError(
             f"the upload to {repo_id} failed: {error}\nEverything is in {args.output_dir}; by hand: "
             f"hf upload {repo_id} {args.output_dir} {includes}",
-            exit_code=4,
+            exit_code=128 + STOP.number if STOP.number else 4,
         ) from error
 
 
@@ -1509,6 +1705,48 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+class Interrupted(BaseException):
+    """A signal to stop, at a moment when nothing needs to be finished first."""
+
+
+class StopRequest:
+    """SIGINT and SIGTERM as a wish: the training finishes its step and writes a checkpoint, then grants it.
+
+    While `at_once` is true (encoding, sampling, uploading), Interrupted is raised instead. A second signal ends the
+    process where it stands.
+    """
+
+    def __init__(self):
+        self.number, self.at_once, self.heard_at, self.process = 0, True, 0.0, 0
+
+    def listen(self) -> None:
+        self.process = os.getpid()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.hear)
+
+    def hear(self, number: int, _frame) -> None:
+        if os.getpid() != self.process:
+            return  # a process forked from this one
+        if not self.number:
+            self.number, self.heard_at = number, time.monotonic()
+            if self.at_once:
+                raise Interrupted
+        elif time.monotonic() - self.heard_at > 1:  # what a launcher hands on within the second is the first one again
+            os._exit(128 + number)
+
+
+STOP = StopRequest()
+
+
+def stopped(args: argparse.Namespace, when: str) -> RunError:
+    """The one line that says how to go on."""
+    number = STOP.number or signal.SIGTERM  # none: another process was told
+    complete = list_checkpoints(Path(args.output_dir))
+    how = f" with --resume_from_checkpoint latest ({complete[-1].name})" if complete else ""
+    name = signal.Signals(number).name
+    return RunError(f"stopped by {name} {when}. To go on, give the same command{how}.", 128 + number)
+
+
 def set_up_logging() -> None:
     level = logging.INFO if is_first_process() else logging.ERROR
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=level)
@@ -1516,28 +1754,37 @@ def set_up_logging() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def check_finite(args: argparse.Namespace, step: int, loss: float, grad_norm: float, step_skipped: bool) -> None:
-    """End the run before weights that are not finite are saved over good ones. Raises RunError, code 3.
-
-    An fp16 gradient may overflow: the gradient scaler then skips the step, and nothing is lost.
-    """
-    if math.isfinite(loss) and (math.isfinite(grad_norm) or step_skipped):
-        return
+def not_finite(args: argparse.Namespace, step: int, what: str) -> RunError:
     complete = list_checkpoints(Path(args.output_dir))
-    raise RunError(
-        f"step {step}: the loss is {loss}, the gradient norm {grad_norm}. Nothing of this step was saved; the last "
-        f"checkpoint is {complete[-1] if complete else 'none (--checkpointing_steps is more than the steps taken)'}. "
+    return RunError(
+        f"step {step}: {what}. Nothing of this step was saved; the last checkpoint is "
+        f"{complete[-1] if complete else 'none (--checkpointing_steps is more than the steps taken)'}. "
         "Try a lower --learning_rate, --mixed_precision bf16 in place of fp16, or a longer --lr_warmup_steps.",
         exit_code=3,
     )
 
 
+def check_finite(args: argparse.Namespace, step: int, loss: float, grad_norm: float, step_skipped: bool) -> None:
+    """End the run at a loss or gradients that are not finite. Raises RunError, code 3.
+
+    An fp16 gradient may overflow: the gradient scaler then skips the step, and nothing is lost.
+    """
+    if not math.isfinite(loss) or not (math.isfinite(grad_norm) or step_skipped):
+        raise not_finite(args, step, f"the loss is {loss}, the gradient norm {grad_norm}")
+
+
+def check_weights(args: argparse.Namespace, step: int, trainable: list[torch.nn.Parameter]) -> None:
+    """End the run before weights that are not finite are saved over good ones. Raises RunError, code 3."""
+    if not torch.stack([parameter.isfinite().all() for parameter in trainable]).all():
+        raise not_finite(args, step, "weights of the LoRA are not finite")
+
+
 def train(
     args: argparse.Namespace, accelerator: Accelerator, transformer: torch.nn.Module, optimizer, lr_scheduler,
     noise_scheduler: CogVideoXDPMScheduler, loader: DataLoader, sampler: ShapeBatchSampler, plan: TrainingPlan,
-    state: TrainingState, vae_config: dict, validate: Callable[[TrainingState], object],
+    state: TrainingState, vae_config: dict, validate: Callable[[TrainingState], object], save: Callable[[], None],
 ) -> None:
-    """The training loop, from wherever `state` is to the last step of `plan`."""
+    """The training loop, from wherever `state` is to the last step of `plan`. Raises RunError."""
     transformer_config = accelerator.unwrap_model(transformer).config
     trainable = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     dtype = DTYPES[accelerator.mixed_precision]
@@ -1548,6 +1795,7 @@ def train(
         disable=not accelerator.is_main_process,
     )
     transformer.train()
+    STOP.at_once = False  # from here on a signal waits for the step's end
     while state.step < plan.max_train_steps:
         sampler.epoch, sampler.first_batch = state.epoch, state.batch
         for batch in loader:
@@ -1571,21 +1819,26 @@ def train(
 
             lr_scheduler.step()
             state.step += 1
-            step_means = accelerator.reduce(torch.stack([loss_sum / num_micro_batches, grad_norm]), reduction="mean")
-            mean_loss, norm = step_means.tolist()
+            # A process that was told to stop tells the others here, so that all of them stop after the same step.
+            numbers = torch.stack([loss_sum / num_micro_batches, grad_norm, loss_sum.new_tensor(STOP.number)])
+            mean_loss, norm, stop = accelerator.reduce(numbers, reduction="mean").tolist()
             check_finite(args, state.step, mean_loss, norm, accelerator.optimizer_step_was_skipped)
             # As the originals logged it, the rate is the one that the schedule now stands at.
             metrics = {"loss": mean_loss, "lr": lr_scheduler.get_last_lr()[0], "grad_norm": norm}
-            accelerator.log(metrics, step=state.step)
             if accelerator.is_main_process:
-                seconds = round(time.perf_counter() - started, 4)
-                append_metrics(metrics_file, {"step": state.step, **metrics, "seconds": seconds})
+                attempt("Logging to the trackers", accelerator.log, metrics, step=state.step)
+                row = {"step": state.step, **metrics, "seconds": round(time.perf_counter() - started, 4)}
+                attempt(f"Writing {metrics_file}", append_metrics, metrics_file, row)
             progress.update()
             progress.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{metrics['lr']:.2e}")
             loss_sum, num_micro_batches, started = 0.0, 0, time.perf_counter()
 
-            if state.step % args.checkpointing_steps == 0:
-                save_checkpoint(args, accelerator, state)
+            if state.step % args.checkpointing_steps == 0 or stop or state.step >= plan.max_train_steps:
+                check_weights(args, state.step, trainable)
+            if state.step % args.checkpointing_steps == 0 or stop:
+                save()
+            if stop:
+                raise stopped(args, f"after step {state.step}")
             if state.step >= plan.max_train_steps:
                 break
             if args.validation_steps and state.step % args.validation_steps == 0:
@@ -1605,14 +1858,21 @@ def finish(
     output_dir = Path(args.output_dir)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        save_lora(transformer, output_dir)
+        try:
+            save_lora(transformer, output_dir)
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"{output_dir / LORA_FILE} cannot be written: {error}", exit_code=1) from error
         logger.info(f"LoRA: {output_dir / LORA_FILE}")
     videos = validate()
     if accelerator.is_main_process:
         prompt = validation_prompts(args)[0] if args.validation_prompt else None
         name = repo_id or output_dir.resolve().name
-        save_model_card(name, videos, args.pretrained_model_name_or_path, prompt, args.output_dir, args.fps)
-    accelerator.end_training()
+        card = (name, videos, args.pretrained_model_name_or_path, prompt, args.output_dir, args.fps)
+        attempt("Writing the model card", save_model_card, *card)
+    attempt("Closing the trackers", accelerator.end_training)
+    if STOP.number:
+        raise stopped(args, "after the last step, with the LoRA saved")
+    STOP.at_once = True
     if repo_id is not None and accelerator.is_main_process:
         upload(args, repo_id)
 
@@ -1624,12 +1884,16 @@ def main(args: argparse.Namespace) -> None:
     transformer_config, vae_config = read_config(args, "transformer"), read_config(args, "vae")
     check_model(args, transformer_config, vae_config)
     dataset = VideoDataset(**{name: getattr(args, name) for name in inspect.signature(VideoDataset).parameters})
-    checkpoint = find_checkpoint(args)
+    find_checkpoint(args)  # a wrong one is said before anything is written
     repo_id = check_hub_access(args)
     accelerator = get_accelerator(args)
+    settings = run_settings(args, accelerator, len(dataset))
     if accelerator.is_main_process:
-        for leftover in Path(args.output_dir).glob(".*.partial"):  # of a run that was killed while it wrote
-            shutil.rmtree(leftover)
+        clean_up(Path(args.output_dir))
+    accelerator.wait_for_everyone()
+    checkpoint = find_checkpoint(args)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, settings)
     if args.allow_tf32:
         torch.set_float32_matmul_precision("high")
     seed = random.SystemRandom().getrandbits(31) if args.seed is None else args.seed
@@ -1643,7 +1907,8 @@ def main(args: argparse.Namespace) -> None:
     text_length = transformer_config["max_text_seq_length"]
     prompt_files = precompute_prompts(args, accelerator, [*prompts, *validation_prompts(args), ""], text_length)
     video_files = precompute_videos(args, accelerator, dataset)
-    latents = LatentDataset(video_files, [prompt_files[prompt] for prompt in prompts])
+    usable = [(files, prompt_files[prompt]) for files, prompt in zip(video_files, prompts, strict=True) if files]
+    latents = LatentDataset(*map(list, zip(*usable, strict=True)))
     loader, sampler = get_dataloader(args, accelerator, latents, state.seed)
     plan = plan_training(args, len(sampler), accelerator.num_processes)
     check_lengths(transformer_config, sampler.shapes)  # I2V:
@@ -1659,7 +1924,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator.register_load_state_pre_hook(functools.partial(load_lora_hook, accelerator))
     set_seed(state.seed, device_specific=True)  # each process draws its own noise
     if checkpoint is not None:
-        state = resume(accelerator, checkpoint)
+        state = resume(accelerator, checkpoint, settings)
         sampler.seed = state.seed
     elif args.resume_from_checkpoint:
         logger.info(f"--resume_from_checkpoint latest: no checkpoint in {args.output_dir}, so this is a fresh start")
@@ -1669,30 +1934,35 @@ def main(args: argparse.Namespace) -> None:
         name = args.tracker_name or DEFAULT_OUTPUT_DIR
         accelerator.init_trackers(name, tracker_config(args), {"wandb": {"dir": accelerator.logging_dir}})
     num_trainable = sum(parameter.numel() for parameter in trainable)
-    logger.info(f"Clips: {len(dataset)}, in batches of {plan.total_batch_size} a step, all processes together")
+    logger.info(f"Clips: {len(latents)}, in batches of {plan.total_batch_size} a step, all processes together")
     logger.info(f"LoRA: {num_trainable:,} parameters of rank {args.rank}, applied at {args.lora_alpha / args.rank:g}")
     logger.info(f"Steps: {plan.max_train_steps}, {plan.steps_per_epoch} an epoch, {plan.num_epochs} epochs")
 
     base = accelerator.unwrap_model(transformer)
     validate = functools.partial(run_validation, args, accelerator, base, noise_scheduler, prompt_files)
+    save = functools.partial(save_checkpoint, args, accelerator, state, settings)
     train(
         args, accelerator, transformer, optimizer, lr_scheduler, noise_scheduler, loader, sampler, plan, state,
-        vae_config, validate,
+        vae_config, validate, save,
     )
     finish(args, accelerator, base, functools.partial(validate, state, is_final=True), repo_id)
 
 
 def command_line() -> None:
     """Run as a script: a problem that has a name ends in one message, told by one process, and its exit code."""
+    STOP.listen()
+    code = 0
     try:
-        main(get_args())
+        args = get_args()
+        try:
+            main(args)
+        except Interrupted:
+            raise stopped(args, "before the first step; what is encoded is kept") from None
     except RunError as error:
+        code = error.exit_code
         if is_first_process():
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("Interrupted. --resume_from_checkpoint latest goes on from the last checkpoint.", file=sys.stderr)
-        sys.exit(130)
+            print(f"{Path(sys.argv[0]).name}: {'' if code > 128 else 'error: '}{error}", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,14 @@
 """Fixtures: the scripts as modules, tiny models and clips, and a way to run a whole training in this process."""
 
 import importlib
+import logging
+import multiprocessing
 import os
 import shutil
+import signal
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 # Before the libraries are imported: no network, no GPU, no chatter from forked tokenizers, no more threads than cores.
@@ -21,10 +26,21 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import pytest  # noqa: E402
 import tiny  # noqa: E402
+import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from PIL import Image  # noqa: E402
 
 SCRIPTS = {"train_cogvideox_lora": "t2v", "train_cogvideox_image_to_video_lora": "i2v"}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: make test-slow"))
 
 
 @pytest.fixture(params=SCRIPTS, ids=SCRIPTS.values())
@@ -98,9 +114,12 @@ def clips(shared_clips, tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def fresh_process_state(tmp_path, monkeypatch):
-    """What a new process would start with: accelerate's singletons, the working folder."""
+    """What a new process would start with: accelerate's singletons, a working folder, Python's signal handlers."""
     monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
 
@@ -157,3 +176,73 @@ def run(script, flags):
         return Path(args.output_dir)
 
     return train
+
+
+def child_main(script, words: list[str], log: Path, environment: dict[str, str], prepare: Callable | None) -> None:
+    os.environ.update(environment)
+    os.setpgrp()  # a process group of its own, with its workers, as a shell gives it
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    logging.root.handlers.clear()  # pytest's
+    torch.set_num_threads(1)  # the threads of the process that this one was forked from are not here
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    sys.argv = [f"{script.__name__}.py", *words]
+    if prepare is not None:
+        prepare(script)
+    script.command_line()
+
+
+class Child:
+    """The script's command line in a process of its own, forked from this one: the libraries are loaded already."""
+
+    def __init__(self, script, words, log: Path, environment: dict | None = None, prepare: Callable | None = None):
+        self.log = log
+        log.touch()
+        arguments = (script, words, log, environment or {}, prepare)
+        self.process = multiprocessing.get_context("fork").Process(target=child_main, args=arguments)
+        self.process.start()
+        self.pid = self.process.pid
+
+    def wait(self, seconds: float = 120) -> int:
+        """Its exit code, negative where a signal ended it."""
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, f"still running:\n{self.said()[-3000:]}"
+        return self.process.exitcode
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline and self.process.is_alive(), self.said()[-3000:]
+            time.sleep(0.005)
+
+
+@pytest.fixture
+def launch(script, flags, tmp_path):
+    """Start a run as a process: `launch(prepare=..., **flags)`; with `processes=2` a list of two, joined by gloo."""
+    started = []
+
+    def start(processes: int = 1, prepare: Callable | None = None, **changes):
+        words, port = flags(**changes), str(20000 + (os.getpid() * 97 + len(started)) % 20000)
+        children = []
+        for rank in range(processes):
+            environment = {}
+            if processes > 1:
+                environment = {
+                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+                    "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                }  # fmt: skip
+            log = tmp_path / f"log-{len(started)}"
+            children.append(Child(script, words, log, environment, prepare))
+            started.append(children[-1])
+        return children if processes > 1 else children[0]
+
+    yield start
+    for child in started:
+        child.process.kill()
+        child.process.join()

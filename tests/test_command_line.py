@@ -63,7 +63,7 @@ def test_original_flag_has_its_type_and_default(script, row):
 
 
 def test_new_flags_are_those_agreed_on(script):
-    new = {"--precompute_dir", "--frame_sampling", "--validation_steps", "--num_inference_steps"}
+    new = {"--precompute_dir", "--skip_bad_videos", "--frame_sampling", "--validation_steps", "--num_inference_steps"}
     known = {row["flag"] for row in ORIGINALS} | new | {"-h", "--help"}
     assert set(parser_actions(script)) <= known
 
@@ -77,8 +77,9 @@ class Recorder(argparse.Namespace):
         return object.__getattribute__(self, name)
 
 
-def test_every_declared_flag_is_read(script, flags, monkeypatch):
+def test_every_declared_flag_is_read(script, flags, clips, monkeypatch):
     """Read by the stages themselves: what check_args reads does not count."""
+    (clips / "videos" / "03.mp4").write_text("no video")
     check_args = script.check_args
     monkeypatch.setattr(script, "check_args", lambda args: check_args(argparse.Namespace(**vars(args))))
     monkeypatch.setattr(script, "tracker_config", lambda _: {})
@@ -95,6 +96,9 @@ def test_every_declared_flag_is_read(script, flags, monkeypatch):
 
     monkeypatch.setattr(script, "HfApi", Hub)
     changes = {
+        "instance_data_root": clips,
+        "precompute_dir": None,
+        "skip_bad_videos": True,
         "optimizer": "prodigy",
         "report_to": "tensorboard",
         "validation_prompt": "a red square",

@@ -3,11 +3,9 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
+import time
 
 import pytest
-from conftest import ROOT
 from safetensors.torch import load_file
 from transformers import T5EncoderModel
 
@@ -193,37 +191,38 @@ def test_the_scripts_may_share_a_folder(t2v, i2v, models, clips, tmp_path):
     assert sorted(sizes) == [1] * 4 + [2] * 4
 
 
-def test_killed_precompute_leaves_whole_files_and_goes_on(script, flags, rerun, clips):
+def save_half_of_the_third_video(script) -> None:
+    """Write two videos, then half of the third one, and say so."""
+    save_file, written = script.save_file, []
+
+    def save(tensors, path, metadata):
+        save_file(tensors, path, metadata)
+        if "moments" in tensors:
+            written.append(path)
+            if len(written) == 3:
+                whole = path.read_bytes()
+                path.write_bytes(whole[: len(whole) // 2])
+                print("NOW", flush=True)
+                time.sleep(60)
+
+    script.save_file = save
+
+
+def test_killed_precompute_leaves_whole_files_and_goes_on(launch, rerun, clips):
     """SIGKILL while the third video's file is half written."""
-    slow = f"""
-import sys, time
-sys.path.insert(0, {str(ROOT)!r})
-import {script.__name__} as script
-save_file, written = script.save_file, []
-def save_half_of_the_third_video(tensors, path):
-    save_file(tensors, path)
-    if "moments" in tensors:
-        written.append(path)
-        if len(written) == 3:
-            whole = path.read_bytes()
-            path.write_bytes(whole[: len(whole) // 2])
-            print("NOW", flush=True)
-            time.sleep(60)
-script.save_file = save_half_of_the_third_video
-script.main(script.get_args(sys.argv[1:]))
-"""
-    words = flags(instance_data_root=clips, precompute_dir=None, max_train_steps=1)
-    process = subprocess.Popen(
-        [sys.executable, "-c", slow, *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    child = launch(
+        instance_data_root=clips, precompute_dir=None, max_train_steps=1, prepare=save_half_of_the_third_video
     )
-    assert process.stdout.readline() == "NOW\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    whole = list((clips / ".cogvideox_precomputed").glob("videos/*.safetensors"))
-    assert len(whole) == 2
+    child.wait_for(lambda: "NOW" in child.said())
+    child.process.kill()
+    assert child.wait() == -signal.SIGKILL
+    folder = clips / ".cogvideox_precomputed" / "videos"
+    whole = list(folder.glob("*.safetensors"))
+    assert len(whole) == 2 and len(list(folder.iterdir())) == 3
     assert all(load_file(path)["moments"].shape == (8, 3, 8, 12) for path in whole)
     counts = rerun()
     assert counts["videos"] == 2 and counts["prompts"] == []
+    assert len(list(folder.iterdir())) == 4  # what the killed run left is gone
 
 
 def test_stored_files_hold_what_training_needs(rerun, clips):

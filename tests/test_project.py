@@ -31,7 +31,7 @@ def launched_script(words: list[str]):
     return importlib.import_module(Path(words[position]).stem), words[position + 1 :]
 
 
-@pytest.mark.parametrize("words", [c for c in COMMANDS if c[0] == "accelerate"], ids=["2b", "5b", "5b-i2v"])
+@pytest.mark.parametrize("words", [c for c in COMMANDS if c[0] == "accelerate"], ids=["2b", "5b", "5b-i2v", "resume"])
 def test_launch_commands_parse(words, tmp_path, request):
     assert words[:4] == ["accelerate", "launch", "--quiet", "--config_file"] and (ROOT / words[4]).is_file()
     script, flags = launched_script(words)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 import pytest
@@ -246,25 +245,6 @@ def test_training_lowers_the_loss(run, clips):
     )  # fmt: skip
     losses = [row["loss"] for row in read_metrics(output)]
     assert sum(losses[-40:]) / 40 < 0.97 * sum(losses[:20]) / 20, (losses[:20], losses[-40:])
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "prodigy"])
-def test_resumed_run_is_the_run_never_stopped(script, run, tmp_path, optimizer):
-    settings = {
-        "optimizer": optimizer, "random_flip": True, "gradient_accumulation_steps": 2, "train_batch_size": 1,
-        "max_train_steps": 6, "checkpointing_steps": 3, "lr_scheduler": "cosine", "lr_warmup_steps": 1,
-        "dataloader_num_workers": 2,
-    }  # fmt: skip
-    whole = run(output_dir=tmp_path / "whole", **settings)
-    resumed = tmp_path / "resumed"
-    shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
-    shutil.copy(whole / "metrics.jsonl", resumed / "metrics.jsonl")
-    run(output_dir=resumed, resume_from_checkpoint="latest", **settings)
-    assert same_tensors(load_file(whole / script.LORA_FILE), load_file(resumed / script.LORA_FILE))
-    keys = ("step", "loss", "lr", "grad_norm")
-    assert [[row[key] for key in keys] for row in read_metrics(whole)] == [
-        [row[key] for key in keys] for row in read_metrics(resumed)
-    ]
 
 
 def test_checkpoints_are_whole_pruned_and_found(script, run, tmp_path, caplog):
