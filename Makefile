@@ -1,6 +1,7 @@
 # make demo             trains a LoRA on a tiny model and shows what comes out
 # make demo KIND=i2v    the same for image-to-video
 # make test             ruff and the test suite, by JOBS processes
+# make test-slow        with the tests that take minutes
 # make clean            removes the virtual environment and the demo's files
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ JOBS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test clean
+.PHONY: demo test test-slow clean
 .DEFAULT_GOAL := test
 
 # uv installs the 6 GB of requirements several times faster than pip, and shares them between environments.
@@ -25,6 +26,9 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+test-slow: PYTEST_ARGS += --slow
+test-slow: test
 
 demo: $(VENV)/.installed
 	rm -rf $(DEMO)

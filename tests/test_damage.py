@@ -1,0 +1,318 @@
+"""Damaged clips, damaged precomputed files, any text: named, left out or encoded anew, and never a crash."""
+
+import os
+import random
+import re
+import struct
+import subprocess
+import time
+
+import imageio_ffmpeg
+import psutil
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file
+
+
+def boxes(data: bytes, start: int = 0, end: int | None = None):
+    """(type, first byte, last byte + 1) of the boxes of an mp4, and of those inside."""
+    end = len(data) if end is None else end
+    while start + 8 <= end:
+        size, name = struct.unpack(">I4s", data[start : start + 8])
+        if size < 8:
+            return
+        yield name, start, start + size
+        if name in (b"moov", b"trak", b"mdia", b"minf", b"stbl"):
+            yield from boxes(data, start + 8, start + size)
+        start += size
+
+
+def patched(data: bytes, name: bytes, offset: int, content: bytes) -> bytes:
+    """`data` with `content` at `offset` in the first box called `name`."""
+    start = next(first for box, first, _ in boxes(data) if box == name) + offset
+    return data[:start] + content + data[start + len(content) :]
+
+
+def ffmpeg(*arguments) -> None:
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-y", *map(str, arguments)]
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+
+
+def make_corpus(folder, good: list[bytes]) -> list:
+    """Over 200 clips, most of them broken, made from good ones."""
+    draw = random.Random(0)
+    clips: dict[str, bytes] = {}
+    for index in range(60):
+        data = draw.choice(good)
+        clips[f"truncated-{index}"] = data[: draw.randrange(len(data))]
+    for index in range(80):
+        data = bytearray(draw.choice(good))
+        for _ in range(draw.choice([1, 4, 40])):
+            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        clips[f"flipped-{index}"] = bytes(data)
+    for index in range(30):  # flips in the index of the frames alone
+        data = bytearray(draw.choice(good))
+        first, last = next((a, b) for name, a, b in boxes(bytes(data)) if name == b"moov")
+        for _ in range(3):
+            data[draw.randrange(first, last)] ^= 1 << draw.randrange(8)
+        clips[f"index-{index}"] = bytes(data)
+    for index in range(12):  # the index of one clip with the frames of another
+        one, other = draw.sample(good, 2)
+        moov = {data: next((a, b) for name, a, b in boxes(data) if name == b"moov") for data in (one, other)}
+        clips[f"swapped-{index}"] = one[: moov[one][0]] + other[slice(*moov[other])] + one[moov[one][1] :]
+    for index, count in enumerate((2**31 - 1, 2**32 - 1, 10**6)):
+        huge = struct.pack(">I", count)
+        clips[f"samples-{index}"] = patched(good[0], b"stsz", 16, huge)
+        clips[f"times-{index}"] = patched(good[0], b"stts", 12, struct.pack(">I", 1) + huge)
+        clips[f"chunks-{index}"] = patched(good[0], b"stsc", 12, huge)
+    for index, side in enumerate((0, 1, 32767, 65535)):
+        clips[f"size-{index}"] = patched(good[0], b"stsd", 48, struct.pack(">HH", side, side))
+    clips["no-frames"] = patched(good[0], b"stsz", 16, struct.pack(">I", 0))
+    clips |= {"empty": b"", "text": b"no video", "zeros": bytes(5000), "noise": draw.randbytes(5000)}
+    paths = [folder / f"{name}.mp4" for name in clips]
+    folder.mkdir(parents=True)
+    for path, data in zip(paths, clips.values(), strict=True):
+        path.write_bytes(data)
+    Image.new("RGB", (96, 64)).save(folder / "picture.png")
+    (folder / "picture.png").rename(folder / "picture.mp4")
+    ffmpeg("-f", "lavfi", "-i", "sine=duration=1", folder / "sound.mp4")
+    ffmpeg("-f", "lavfi", "-i", "sine=duration=1", folder / "sound.wav")
+    (folder / "sound.wav").rename(folder / "wave.mp4")
+    (folder / "folder.mp4").mkdir()
+    return [*paths, *(folder / f"{name}.mp4" for name in ("picture", "sound", "wave", "folder"))]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory, shared_clips):
+    good = [path.read_bytes() for path in sorted((shared_clips / "videos").iterdir())]
+    return make_corpus(tmp_path_factory.mktemp("corpus") / "clips", good)
+
+
+def test_every_broken_clip_is_decoded_or_named(script, corpus, monkeypatch):
+    monkeypatch.setattr(script, "DECODE_SECONDS", 10)
+    assert len(corpus) > 200
+    dataset = script.VideoDataset.__new__(script.VideoDataset)
+    dataset.records = [script.VideoRecord("", str(path)) for path in corpus]
+    dataset.instance_prompts, dataset.id_token = [""] * len(corpus), ""
+    dataset.settings = script.Preprocessing(64, 96, "center", 9, 0, 0, "stride", 8, None)
+    memory = []
+    good, bad = 0, {}
+    for index, video in script.decode_videos(dataset, list(range(len(corpus))), torch.float32, 2):
+        memory.append(psutil.Process().memory_info().rss)
+        if isinstance(video, str):
+            assert video and "\n" not in video
+            bad[corpus[index].stem] = video
+        else:
+            assert video.shape[1:] == (3, 64, 96) and len(video) % 4 == 1 and video.isfinite().all()
+            good += 1
+    assert good + len(bad) == len(corpus) and good > 10 and len(bad) > 80
+    assert {"empty", "text", "zeros", "noise", "no-frames", "sound", "wave", "folder"} <= bad.keys()
+    assert max(memory[50:]) - memory[50] < 50e6
+
+
+def fake_decoder(script, monkeypatch):
+    """Clip 00 hangs, 01 crashes, 02 raises, 03 is decoded."""
+    load_video = script.load_video
+
+    def load(record, settings):
+        name = os.path.basename(record.path)
+        if name == "00.mp4":
+            time.sleep(100)
+        if name == "01.mp4":
+            os._exit(-6)
+        if name == "02.mp4":
+            raise ValueError("first line\n\nlast line")
+        return load_video(record, settings)
+
+    monkeypatch.setattr(script, "load_video", load)
+    monkeypatch.setattr(script, "DECODE_SECONDS", 2)
+
+
+def columns(script, clips):
+    names = {"caption_column": "prompts.txt", "video_column": "videos.txt"}
+    return script.VideoDataset(str(clips), **names, height=64, width=96, max_num_frames=9)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_clip_that_hangs_or_crashes_costs_itself_only(script, shared_clips, monkeypatch, workers):
+    fake_decoder(script, monkeypatch)
+    dataset = columns(script, shared_clips)
+    found = dict(script.decode_videos(dataset, [0, 1, 2, 3], torch.float32, workers))
+    assert found[0] == "it was not decoded within 2 seconds"
+    assert found[1] == "the decoder crashed on it" and found[2] == "last line"
+    assert torch.equal(found[3], dataset[3]["instance_video"])
+    assert not psutil.Process().children() or all(c.name() != "python" for c in psutil.Process().children())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_pixels_come_back_as_they_were_decoded(script, shared_clips, dtype):
+    dataset = columns(script, shared_clips)
+    for index, video in script.decode_videos(dataset, [2, 0, 1], dtype, 2):
+        assert video.dtype == dtype and torch.equal(video, dataset[index]["instance_video"].to(dtype))
+
+
+def test_bad_videos_end_the_run_or_are_left_out(script, run, clips, monkeypatch, caplog):
+    fake_decoder(script, monkeypatch)
+    (clips / "prompts.txt").write_text("zero\none\ntwo\nthree\ntwo again\n")
+    (clips / "videos.txt").write_text("".join(f"videos/0{index}.mp4\n" for index in (0, 1, 2, 3, 2)))
+    own = {"instance_data_root": clips, "precompute_dir": None, "max_train_steps": 2}
+    with pytest.raises(script.RunError) as error:
+        run(**own)
+    said = str(error.value)
+    assert "4 of 5 videos cannot be decoded" in said and all(f"0{index}.mp4: " in said for index in (0, 1, 2))
+    assert "03.mp4" not in said
+    used = []
+    getitem = script.LatentDataset.__getitem__
+
+    def spy(self, key):
+        used.append(self.prompt_files[key[0]])
+        return getitem(self, key)
+
+    monkeypatch.setattr(script.LatentDataset, "__getitem__", spy)
+    output = run(**own, skip_bad_videos=True)
+    assert "4 of 5 videos cannot be decoded and are left out" in caplog.text
+    assert (output / script.LORA_FILE).is_file()
+    (prompt_file,) = set(used)
+    expected = prompt_embeds(script, run, clips, own, "three")
+    assert torch.equal(load_file(prompt_file)["prompt_embeds"], expected)
+
+
+def prompt_embeds(script, run, clips, own, caption):
+    """What a run on one clip with that caption is given."""
+    (clips / "prompts.txt").write_text(f"{caption}\n")
+    (clips / "videos.txt").write_text("videos/03.mp4\n")
+    given = []
+    loss = script.diffusion_loss
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "diffusion_loss", lambda *args: given.append(args) or loss(*args))
+        run(**own)
+    return next(tensor for tensor in given[0] if isinstance(tensor, torch.Tensor) and tensor.ndim == 3)[0]
+
+
+def test_all_bad_ends_the_run(script, run, clips):
+    for path in (clips / "videos").iterdir():
+        path.write_bytes(b"no video")
+    with pytest.raises(script.RunError, match="4 of 4 videos cannot be decoded"):
+        run(instance_data_root=clips, precompute_dir=None, skip_bad_videos=True)
+
+
+DAMAGES = {
+    "truncated": lambda data: data[:-1],
+    "half": lambda data: data[: len(data) // 2],
+    "empty": lambda _: b"",
+    "longer": lambda data: data + b"x",
+    "first": lambda data: bytes([data[0] ^ 1]) + data[1:],
+    "last": lambda data: data[:-1] + bytes([data[-1] ^ 128]),
+    "tensor": lambda data: data[:-400] + bytes([data[-400] ^ 4]) + data[-399:],
+    "checksum": lambda data: data.replace(b'"checksum":"', b'"checksum":"0', 1)[: len(data)],
+    "name": lambda data: data.replace(b'"moments"', b'"momentr"').replace(b'"prompt_embeds"', b'"prompt_embedr"'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("item", ["videos", "prompts"])
+def test_damaged_item_is_noticed_said_and_encoded_anew(run, clips, caplog, item, damage):
+    own = {"instance_data_root": clips, "precompute_dir": None, "max_train_steps": 1}
+    run(**own)
+    files = sorted((clips / ".cogvideox_precomputed" / item).iterdir())
+    whole = [path.read_bytes() for path in files]
+    files[1].write_bytes(damage(whole[1]))
+    assert files[1].read_bytes() != whole[1]
+    caplog.clear()
+    run(**own)
+    assert f"{files[1]} is damaged: it is encoded anew" in caplog.text and caplog.text.count("is damaged") == 1
+    assert sorted((clips / ".cogvideox_precomputed" / item).iterdir()) == files
+    assert [path.read_bytes() for path in files] == whole
+
+
+def test_every_flipped_bit_is_noticed(script, tmp_path):
+    tensors = {"moments": torch.randn(3, 2), "prompt_embeds": torch.randn(2).bfloat16()}
+    path = tmp_path / "item.safetensors"
+    script.write_item(path, **tensors)
+    data = path.read_bytes()
+    assert script.is_whole(path)
+    unnoticed = []
+    for bit in range(8 * len(data)):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        if script.is_whole(path):
+            unnoticed.append(bit)
+            assert all(torch.equal(load_file(path)[name], tensor) for name, tensor in tensors.items())
+    assert len(unnoticed) < 8 * 8  # blanks that pad the header: nothing is lost there
+
+
+def test_two_runs_share_a_folder_at_the_same_time(launch, clips, tmp_path):
+    """Both end well, and neither encodes a thing twice."""
+
+    def prepare(module):
+        write_item = module.write_item
+
+        def write(path, **tensors):
+            print("ENCODED", path.name, flush=True)
+            write_item(path, **tensors)
+
+        module.write_item = write
+
+    own = {"instance_data_root": clips, "precompute_dir": None, "random_flip": True, "prepare": prepare}
+    children = [launch(output_dir=tmp_path / name, **own) for name in ("one", "two")]
+    for child in children:
+        assert child.wait() == 0, child.said()[-3000:]
+    encoded = [re.findall(r"ENCODED (\S+)", child.said()) for child in children]
+    assert all(len(names) == len(set(names)) for names in encoded)
+    assert len(set(encoded[0] + encoded[1])) == 8 + 5
+    left = [path.name for path in (clips / ".cogvideox_precomputed").rglob("*") if path.is_file()]
+    assert sorted(left) == sorted(set(encoded[0] + encoded[1]))
+
+
+def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(run, clips):
+    folder = clips / ".cogvideox_precomputed" / "videos"
+    folder.mkdir(parents=True)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    machine = os.uname().nodename
+    names = {pid: folder / f".abc.{machine}.{pid}.partial" for pid in (dead.pid, os.getpid())}
+    elsewhere = folder / ".abc.another.machine.example.1.partial"
+    for path in (*names.values(), elsewhere):
+        path.write_bytes(b"half")
+    run(instance_data_root=clips, precompute_dir=None)
+    assert not names[dead.pid].exists() and names[os.getpid()].exists() and elsewhere.exists()
+
+
+LINES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n"), min_size=1).filter(str.strip)
+FEW = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+ENDS = st.sampled_from(["", "\n", "\r\n", "\n\n \n"])
+
+
+@given(captions=st.lists(LINES, min_size=1, max_size=8), end=ENDS, token=st.text())
+@FEW
+def test_captions_never_shift_against_videos(script, tmp_path, captions, end, token):
+    (tmp_path / "p").write_bytes(("\n".join(captions) + end).encode())
+    (tmp_path / "v").write_text("".join(f"{index}.mp4\n" for index in range(len(captions))))
+    for index in range(len(captions)):
+        (tmp_path / f"{index}.mp4").touch()
+    dataset = script.VideoDataset(str(tmp_path), caption_column="p", video_column="v", id_token=token)
+    assert len(dataset) == len(captions)
+    for index, caption in enumerate(captions):
+        first = caption.lstrip("\ufeff") if index == 0 else caption  # a byte order mark belongs to the file
+        assert dataset.instance_prompts[index] in (caption.strip(), first.strip())
+        assert dataset.instance_video_paths[index].name == f"{index}.mp4"
+        words = [token.strip(), dataset.instance_prompts[index]]
+        assert dataset.prompt(index) == " ".join(word for word in words if word)
+
+
+@given(data=st.binary(max_size=60))
+@FEW
+def test_any_bytes_are_lines_or_an_error(script, tmp_path, data):
+    (tmp_path / "p").write_bytes(data)
+    try:
+        lines = script.read_lines(tmp_path / "p")
+    except script.RunError as error:
+        assert str(tmp_path / "p") in str(error)
+    else:
+        assert all(line == line.strip() and line and "\n" not in line for line in lines)
