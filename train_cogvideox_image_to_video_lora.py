@@ -1779,6 +1779,21 @@ def check_weights(args: argparse.Namespace, step: int, trainable: list[torch.nn.
         raise not_finite(args, step, "weights of the LoRA are not finite")
 
 
+def start_logging(
+    args: argparse.Namespace, accelerator: Accelerator, plan: TrainingPlan, step: int, num_clips: int,
+    trainable: list[torch.nn.Parameter],
+) -> None:
+    """Open the metrics file, from `step` on, and the trackers; say what is going to be trained."""
+    if accelerator.is_main_process:
+        start_metrics(Path(args.output_dir) / "metrics.jsonl", step)
+        name = args.tracker_name or DEFAULT_OUTPUT_DIR
+        accelerator.init_trackers(name, tracker_config(args), {"wandb": {"dir": accelerator.logging_dir}})
+    num_trainable = sum(parameter.numel() for parameter in trainable)
+    logger.info(f"Clips: {num_clips}, in batches of {plan.total_batch_size} a step, all processes together")
+    logger.info(f"LoRA: {num_trainable:,} parameters of rank {args.rank}, applied at {args.lora_alpha / args.rank:g}")
+    logger.info(f"Steps: {plan.max_train_steps}, {plan.steps_per_epoch} an epoch, {plan.num_epochs} epochs")
+
+
 def train(
     args: argparse.Namespace, accelerator: Accelerator, transformer: torch.nn.Module, optimizer, lr_scheduler,
     noise_scheduler: CogVideoXDPMScheduler, loader: DataLoader, sampler: ShapeBatchSampler, plan: TrainingPlan,
@@ -1861,7 +1876,8 @@ def finish(
         try:
             save_lora(transformer, output_dir)
         except (OSError, SafetensorError) as error:
-            raise RunError(f"{output_dir / LORA_FILE} cannot be written: {error}", exit_code=1) from error
+            how = "once it can, --resume_from_checkpoint latest goes on from the last checkpoint"
+            raise RunError(f"{output_dir / LORA_FILE} cannot be written: {error}; {how}", exit_code=1) from error
         logger.info(f"LoRA: {output_dir / LORA_FILE}")
     videos = validate()
     if accelerator.is_main_process:
@@ -1929,22 +1945,18 @@ def main(args: argparse.Namespace) -> None:
     elif args.resume_from_checkpoint:
         logger.info(f"--resume_from_checkpoint latest: no checkpoint in {args.output_dir}, so this is a fresh start")
 
-    if accelerator.is_main_process:
-        start_metrics(Path(args.output_dir) / "metrics.jsonl", state.step)
-        name = args.tracker_name or DEFAULT_OUTPUT_DIR
-        accelerator.init_trackers(name, tracker_config(args), {"wandb": {"dir": accelerator.logging_dir}})
-    num_trainable = sum(parameter.numel() for parameter in trainable)
-    logger.info(f"Clips: {len(latents)}, in batches of {plan.total_batch_size} a step, all processes together")
-    logger.info(f"LoRA: {num_trainable:,} parameters of rank {args.rank}, applied at {args.lora_alpha / args.rank:g}")
-    logger.info(f"Steps: {plan.max_train_steps}, {plan.steps_per_epoch} an epoch, {plan.num_epochs} epochs")
-
+    start_logging(args, accelerator, plan, state.step, len(latents), trainable)
     base = accelerator.unwrap_model(transformer)
     validate = functools.partial(run_validation, args, accelerator, base, noise_scheduler, prompt_files)
     save = functools.partial(save_checkpoint, args, accelerator, state, settings)
-    train(
-        args, accelerator, transformer, optimizer, lr_scheduler, noise_scheduler, loader, sampler, plan, state,
-        vae_config, validate, save,
-    )
+    try:
+        train(
+            args, accelerator, transformer, optimizer, lr_scheduler, noise_scheduler, loader, sampler, plan, state,
+            vae_config, validate, save,
+        )
+    except RunError:  # in all processes after the same step; TensorBoard's writer holds back two minutes of numbers
+        attempt("Closing the trackers", accelerator.end_training)
+        raise
     finish(args, accelerator, base, functools.partial(validate, state, is_final=True), repo_id)
 
 

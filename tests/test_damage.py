@@ -1,5 +1,6 @@
 """Damaged clips, damaged precomputed files, any text: named, left out or encoded anew, and never a crash."""
 
+import faulthandler
 import os
 import random
 import re
@@ -91,6 +92,17 @@ def corpus(tmp_path_factory, shared_clips):
     return make_corpus(tmp_path_factory.mktemp("corpus") / "clips", good)
 
 
+@pytest.fixture
+def quiet_crashes():
+    """pytest would print a page for each process that the decoder crashes."""
+    was_on = faulthandler.is_enabled()
+    faulthandler.disable()
+    yield
+    if was_on:
+        faulthandler.enable()
+
+
+@pytest.mark.usefixtures("quiet_crashes")
 def test_every_broken_clip_is_decoded_or_named(script, corpus, monkeypatch):
     monkeypatch.setattr(script, "DECODE_SECONDS", 10)
     assert len(corpus) > 200

@@ -49,6 +49,16 @@ def test_signal_finishes_the_step_and_writes_a_checkpoint(script, launch, run, t
     assert [row["step"] for row in read_metrics(output)] == [1, 2, 3, 4]
 
 
+def test_trackers_keep_what_was_logged_before_a_signal(launch, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracker = {"report_to": "tensorboard", "tracker_name": "t"}
+    child = launch(prepare=signal_at_the_third_loss(signal.SIGTERM), **tracker, **ENDLESS)
+    assert child.wait() == 143
+    events = EventAccumulator(str(tmp_path / "output" / "logs" / "t")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_that_reach_the_workers_too(script, launch, tmp_path, number, code):
     """Terminals and schedulers signal the process group; the workers' batches are still needed for the step."""
