@@ -78,7 +78,7 @@ def main(folder: Path) -> None:
         print(f"\nLoRA          {lora} ({size(lora)})")
     for video in last_validation(folder / "validation"):
         print(f"Validation    {video} ({size(video)}), as a picture: {contact_sheet(video)}")
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])):
+    for checkpoint in sorted(folder.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1])):
         print(f"Checkpoint    {checkpoint}")
     for card in folder.glob("README.md"):
         print(f"Model card    {card}")
