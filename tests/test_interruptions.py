@@ -143,31 +143,28 @@ def test_signal_while_encoding_keeps_what_is_encoded(launch, clips):
     assert len(names) == 2 and all(name.endswith(".safetensors") and name[0] != "." for name in names)
 
 
-def test_signal_while_sampling(script, launch, tmp_path):
-    """Sampling is cut short; the step after it is the last one, since the other processes are at it already."""
-
+def signal_while_sampling(number):
     def prepare(module):
         def log_validation(*_):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             time.sleep(60)
 
         module.log_validation = log_validation
 
-    child = launch(prepare=prepare, validation_prompt="a red square", validation_steps=2, **ENDLESS)
+    return prepare
+
+
+def test_signal_while_sampling(script, launch, tmp_path):
+    """Sampling is cut short; the step after it is the last one, since the other processes are at it already."""
+    validation = {"validation_prompt": "a red square", "validation_steps": 2}
+    child = launch(prepare=signal_while_sampling(signal.SIGTERM), **validation, **ENDLESS)
     assert child.wait() == 143
     assert "Validation is cut short" in child.said() and "Traceback" not in child.said()
     assert [folder.name for folder in script.list_checkpoints(tmp_path / "output")] == ["checkpoint-3"]
 
 
 def test_signal_while_sampling_at_the_end(script, launch, tmp_path):
-    def prepare(module):
-        def log_validation(*_):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(60)
-
-        module.log_validation = log_validation
-
-    child = launch(prepare=prepare, validation_prompt="a red square")
+    child = launch(prepare=signal_while_sampling(signal.SIGINT), validation_prompt="a red square")
     assert child.wait() == 130
     assert "stopped by SIGINT after the last step, with the LoRA saved" in child.said()
     assert (tmp_path / "output" / script.LORA_FILE).is_file()
