@@ -120,8 +120,9 @@ def test_first_frame_is_cropped_and_flipped_as_the_clip(run, one_clip):
     tiny.write_clip(one_clip / "videos" / "00.mp4", frames)
     seen = set()
     for mode in ("center", "random", "none", "stretch"):
+        # A relative path: the random crop is drawn from it, and must not be the centered one by chance.
         run(
-            instance_data_root=one_clip, precompute_dir=one_clip / mode / ".cogvideox_precomputed", random_flip=True,
+            instance_data_root="clips", precompute_dir=one_clip / mode / ".cogvideox_precomputed", random_flip=True,
             video_reshape_mode=mode, max_train_steps=1, max_num_frames=5,
         )  # fmt: skip
         items = precomputed(one_clip / mode)
