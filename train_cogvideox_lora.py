@@ -1847,7 +1847,7 @@ def main(args: argparse.Namespace) -> None:
             args, accelerator, transformer, optimizer, lr_scheduler, noise_scheduler, loader, sampler, plan, state,
             vae_config, validate, save,
         )
-    except RunError:  # in all processes after the same step; TensorBoard's writer holds back two minutes of numbers
+    except RunError:  # in all processes after the same step
         attempt("Closing the trackers", accelerator.end_training)
         raise
     finish(args, accelerator, base, functools.partial(validate, state, is_final=True), repo_id)
