@@ -61,7 +61,7 @@ def test_flags_in_the_readme_exist():
     sources = "".join((ROOT / f"{name}.py").read_text() for name in SCRIPTS)
     declared = set(re.findall(r'add\("(--\w+)"', sources))
     prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
-    elsewhere = {"--help", "--quiet", "--shm"}
+    elsewhere = {"--help", "--quiet"}
     assert set(re.findall(r"--\w+", prose)) - elsewhere <= declared
 
 

@@ -5,10 +5,9 @@ set -euo pipefail
 
 case ${KIND:-t2v} in
     t2v) script=train_cogvideox_lora.py
-         validation=(--validation_prompt "a white square moves right:::a white square moves down") ;;
+         images=() ;;
     i2v) script=train_cogvideox_image_to_video_lora.py
-         validation=(--validation_prompt "a white square moves right:::a white square moves down"
-                     --validation_images "$DEMO/images/right.png:::$DEMO/images/down.png") ;;
+         images=(--validation_images "$DEMO/images/right.png:::$DEMO/images/down.png") ;;
     *) echo "KIND is t2v or i2v, not $KIND" >&2; exit 2 ;;
 esac
 config=accelerate_configs/cpu.yaml
@@ -21,7 +20,8 @@ accelerate launch --quiet --config_file "$config" "$script" \
     --instance_data_root "$DEMO/clips" \
     --caption_column prompts.txt \
     --video_column videos.txt \
-    "${validation[@]}" \
+    --validation_prompt "a white square moves right:::a white square moves down" \
+    ${images[@]+"${images[@]}"} \
     --height 64 --width 96 --max_num_frames 9 --fps 8 \
     --rank 16 --lora_alpha 16 --learning_rate 2e-2 --lr_scheduler cosine --lr_warmup_steps 20 \
     --train_batch_size 4 --max_train_steps 500 --optimizer adamw --mixed_precision no \
