@@ -29,6 +29,7 @@ Validation and publishing · Training
 """
 
 import argparse
+import atexit
 import dataclasses
 import functools
 import hashlib
@@ -40,11 +41,14 @@ import logging
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -56,8 +60,18 @@ import decord
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    DummyScheduler,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    load_fsdp_optimizer,
+    save_fsdp_optimizer,
+    set_seed,
+)
 from accelerate.utils.memory import clear_device_cache
 from diffusers import (
     AutoencoderKLCogVideoX,
@@ -72,10 +86,13 @@ from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_regi
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import export_to_video, load_image  # I2V: load_image
 from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig
 from PIL import Image, ImageOps  # I2V: ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed import DistError, PrefixStore, Store, TCPStore
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.functional import InterpolationMode, resize
 from tqdm.auto import tqdm
@@ -92,7 +109,7 @@ TRAINERS = {"text-to-video": "train_cogvideox_lora.py", "image-to-video": "train
 LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 LORA_FILE = "pytorch_lora_weights.safetensors"
 CACHE_FORMAT = 1  # raise it when the content of a precomputed file changes for the same key
-CHECKPOINT_NEEDS = {"rank", "lora_targets", "optimizer", "use_8bit_adam"}  # of others a run cannot go on
+CHECKPOINT_NEEDS = {"rank", "lora_targets", "optimizer", "use_8bit_adam", "engine"}  # of others a run cannot go on
 CHECKPOINT_CHANGES = {  # with others it can, but is another run
     "lora_alpha": "the LoRA is applied at another strength than it has learned at",
     "learning_rate": "the checkpoint's stays",
@@ -104,12 +121,13 @@ CHECKPOINT_CHANGES = {  # with others it can, but is another run
     **dict.fromkeys(["height", "width", "max_num_frames"], "the clips have another size or length"),
 }
 DECODE_SECONDS = 60  # after which a clip counts as one that cannot be decoded
+SHARED_SECONDS = 90  # by which a file that another machine wrote is here; network folders may be slow
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class RunError(Exception):
     """Ends the run in one message. Exit code 1: the LoRA cannot be written, 2: wrong input, 3: loss or weights that
-    are not finite, 4: failed upload, 128 + n: stopped by signal n."""
+    are not finite, 4: failed upload, 5: another process is gone, 128 + n: stopped by signal n."""
 
     def __init__(self, message: str, exit_code: int = 2):
         super().__init__(message)
@@ -657,6 +675,165 @@ class VideoDataset(Dataset):
         return {"instance_prompt": self.prompt(index), "instance_video": video}
 
 
+# ---- Processes ------------------------------------------------------------------------------------------------------
+
+
+def is_first_process() -> bool:
+    """Before accelerate is up, and for the log."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+class Interrupted(BaseException):
+    """A signal to stop, at a moment when nothing needs to be finished first."""
+
+
+class StopRequest:
+    """SIGINT and SIGTERM as a wish: the training finishes its step and writes a checkpoint, then grants it.
+
+    While `at_once` is true (encoding, sampling, uploading), Interrupted is raised instead. A second signal ends the
+    process where it stands.
+    """
+
+    def __init__(self):
+        self.number, self.at_once, self.heard_at, self.process = 0, True, 0.0, 0
+
+    def listen(self) -> None:
+        self.process = os.getpid()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.hear)
+
+    def hear(self, number: int, _frame) -> None:
+        if os.getpid() != self.process:
+            return  # a process forked from this one
+        if not self.number:
+            self.number, self.heard_at = number, time.monotonic()
+            if self.at_once:
+                raise Interrupted
+        elif time.monotonic() - self.heard_at > 1:  # what a launcher hands on within the second is the first one again
+            os._exit(128 + number)
+
+
+STOP = StopRequest()
+
+
+def gone(message: str) -> RunError:
+    """Why the run cannot go on without another process."""
+    return RunError(f"{message}; its own log may say why", exit_code=5)
+
+
+def open_store(patience: float) -> Store:
+    """A connection of one's own to the store over which the process group was set up."""
+    address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    store = TCPStore(*address, is_master=False, timeout=timedelta(seconds=patience))
+    return PrefixStore(f"peers/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def tell_alive(store: Store, key: str, seconds: float, over: threading.Event) -> None:
+    """Count up, every so often, as long as this process lives."""
+    try:
+        while not over.wait(seconds):
+            store.add(key, 1)
+    except DistError:
+        pass  # the store is gone: whoever needs it will say so
+
+
+class Peers:
+    """The processes of a run, as they share out the encoding and the sampling, and wait for each other's part of it.
+
+    They meet over a store and not in a collective, which gives up after --nccl_timeout whatever the others are at.
+    Here a process is waited for as long as it shows that it lives; one that has not for `patience` seconds is gone.
+    """
+
+    def __init__(self, index: int = 0, count: int = 1, patience: float = 600):
+        self.index, self.count, self.patience = index, count, patience
+        self.meetings, self.bar, self.over = 0, tqdm(disable=True), threading.Event()
+        if count > 1:
+            self.store = open_store(patience)
+            beat = (open_store(patience), f"beat/{index}", min(1, patience / 10), self.over)
+            threading.Thread(target=tell_alive, args=beat, daemon=True).start()
+            atexit.register(self.over.set)
+
+    def share(self, items: list) -> list:
+        """This process's share of `items`; the shares differ by one item at most."""
+        return items[self.index :: self.count]
+
+    def start_bar(self, what: str, total: int, unit: str) -> None:
+        """Show, in the first process, how far all of them are with `total` items; `advance` moves it."""
+        self.bar.close()
+        self.bar = tqdm(desc=what, total=total, unit=unit, disable=self.index > 0)
+
+    def advance(self, items: int) -> None:
+        done = self.store.add(f"done/{self.meetings}", items) if self.count > 1 else self.bar.n + items
+        self.bar.update(done - self.bar.n)
+
+    def gather(self, value) -> list:
+        """What each process gives here, in their order. Raises, in all of them, a RunError that one of them gives, and
+        one of its own for a process that is gone."""
+        values, keys = [value], [f"meeting/{self.meetings}/{index}" for index in range(self.count)]
+        try:
+            if self.count > 1:
+                self.store.set(keys[self.index], pickle.dumps(value))
+                self.wait_for(keys)
+                values = [pickle.loads(self.store.get(key)) for key in keys]
+                self.store.add(f"read/{self.meetings}", 1)
+                deadline = time.monotonic() + min(10, self.patience)
+                # The store may live in the first process, which must not end before all have read.
+                while self.index == 0 and self.store.add(f"read/{self.meetings}", 0) < self.count:
+                    if time.monotonic() > deadline:
+                        break
+                    time.sleep(0.01)
+        except DistError as error:
+            raise gone(f"the first process, or the launcher beside it, is gone ({error})") from error
+        finally:
+            self.meetings += 1
+        for value in values:
+            if isinstance(value, RunError):
+                raise value
+        return values
+
+    def wait_for(self, keys: list[str]) -> None:
+        """Return when `keys`, one a process, are all in the store. Raises RunError, code 5."""
+        heard, looked = {}, -math.inf  # the last sign of life of each, and when it was new here
+        while not self.store.check(keys):
+            now = time.monotonic()
+            if now - looked > self.patience / 20:
+                looked = now
+                for index, key in enumerate(keys):
+                    beat = self.store.add(f"beat/{index}", 0)
+                    if beat != heard.get(index, (None,))[0]:
+                        heard[index] = (beat, now)
+                    elif now - heard[index][1] > self.patience and not self.store.check([key]):
+                        raise gone(f"process {index} has given no sign of life for {self.patience} seconds")
+            if self.index == 0:
+                self.advance(0)
+            time.sleep(0.1)
+
+    def do(self, action: Callable, *arguments) -> list:
+        """What `action` returns in each process, in their order. Where it fails in one, all end: that one with its
+        error, the others with a RunError that tells it."""
+        try:
+            try:
+                value = action(*arguments)
+            except RunError as error:
+                value = error
+            return self.gather(value)
+        except RunError:
+            raise
+        except BaseException as error:
+            if self.count > 1:
+                code = 128 + STOP.number if isinstance(error, Interrupted) else 5
+                what = "was told to stop" if isinstance(error, Interrupted) else f"{type(error).__name__}: {error}"
+                told = RunError(f"process {self.index} on {socket.gethostname()} ended the run: {what}", code)
+                self.store.set(f"meeting/{self.meetings}/{self.index}", pickle.dumps(told))
+            raise
+        finally:
+            self.bar.close()
+
+    def first(self, action: Callable, *arguments):
+        """What `action` returns in the first process, which alone does it. Raises what it raises there."""
+        return (self.do(action, *arguments) if self.index == 0 else self.gather(None))[0]
+
+
 # ---- Precompute: each prompt and clip is encoded once, into a safetensors file, before the transformer loads --------
 
 
@@ -812,23 +989,62 @@ def is_whole(path: Path) -> bool:
         return False
 
 
-def check_items(accelerator: Accelerator, folder: Path, paths: list[Path]) -> None:
+def check_items(peers: Peers, folder: Path, paths: list[Path]) -> None:
     """Remove those of `paths` that are damaged, each process looking at its share, and the temporary files of runs of
     this machine that were killed. (Other runs may be at work in the same folder.)"""
-    for path in paths[accelerator.process_index :: accelerator.num_processes]:
+    for path in peers.share(paths):
         if path.exists() and not is_whole(path):
             logger.error(f"{path} is damaged: it is encoded anew")
             path.unlink(missing_ok=True)
-    if accelerator.is_main_process:
+    if peers.index == 0:
         for partial in folder.glob("*/.*.partial"):
             _, _, *machine, process, _ = partial.name.split(".")
             if ".".join(machine) == os.uname().nodename and not Path("/proc", process).exists():
                 partial.unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
+
+
+def wait_for_files(flag: str, paths: list[Path]) -> None:
+    """Return when what other processes have written is here, too. Raises RunError after SHARED_SECONDS."""
+    deadline = time.monotonic() + SHARED_SECONDS
+    while missing := [path for path in paths if not path.exists()]:
+        if time.monotonic() > deadline:
+            raise RunError(f"{flag} must be one folder for all machines: {missing[0]}, of another one, is not there")
+        time.sleep(0.5)
+
+
+def check_shared(peers: Peers, flag: str, folder: Path) -> None:
+    """What the first process writes into `folder`, all see. Raises RunError."""
+    marker = folder / f".shared-{peers.gather(os.getpid())[0]}.partial"
+    peers.first(make_folder, flag, marker)
+    peers.do(wait_for_files, flag, [marker])
+    if peers.index == 0:
+        marker.rmdir()
+
+
+def make_folder(flag: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{flag} {folder} cannot be written: {error}") from error
+
+
+def start_precomputing(peers: Peers, folder: Path, what: str, items: dict[object, tuple[Path, ...]]) -> list:
+    """Those keys of `items` whose files are not all there and whole, each set of files once: the same in all
+    processes, found by the first one before any of them writes."""
+    peers.do(check_items, peers, folder, [path for files in items.values() for path in files])
+    new = peers.first(find_new, items)
+    logger.info(f"{what}: {len(items) - len(new)} of {len(items)} come from {folder}")
+    if new and peers.count > 1:
+        check_shared(peers, "--precompute_dir", folder)
+    return new
+
+
+def find_new(items: dict[object, tuple[Path, ...]]) -> list:
+    return list({files: key for key, files in items.items() if not all(file.exists() for file in files)}.values())
 
 
 def precompute_prompts(
-    args: argparse.Namespace, accelerator: Accelerator, prompts: list[str], max_sequence_length: int
+    args: argparse.Namespace, accelerator: Accelerator, peers: Peers, prompts: list[str], max_sequence_length: int
 ) -> dict[str, Path]:
     """Encode each distinct prompt once; returns its file, which holds `prompt_embeds` [S, D] in the compute dtype.
 
@@ -838,29 +1054,40 @@ def precompute_prompts(
     encoder = model_identity(args, "text_encoder", "tokenizer")
     content = {"max_sequence_length": max_sequence_length, "dtype": str(dtype), "encoder": encoder}
     paths = {prompt: item_path(precompute_folder(args), "prompts", prompt=prompt, **content) for prompt in prompts}
-    check_items(accelerator, precompute_folder(args), list(paths.values()))
-    new = [prompt for prompt, path in paths.items() if not path.exists()]
-    logger.info(f"Prompts: {len(paths) - len(new)} of {len(paths)} come from {precompute_folder(args)}")
-    accelerator.wait_for_everyone()  # all have counted before the first one writes
-    share = new[accelerator.process_index :: accelerator.num_processes]
-    if share:
-        source = pretrained_source(args)
-        tokenizer = T5Tokenizer.from_pretrained(subfolder="tokenizer", **source)
-        source |= {"variant": args.variant, "dtype": dtype}
-        text_encoder = T5EncoderModel.from_pretrained(subfolder="text_encoder", **source)
-        text_encoder.to(accelerator.device).requires_grad_(False)
-        long = [p[:60] + "…" for p in share if len(tokenizer(p, verbose=False).input_ids) > max_sequence_length]
+    items = {prompt: (path,) for prompt, path in paths.items()}
+    new = start_precomputing(peers, precompute_folder(args), "Prompts", items)
+    if new:
+        peers.start_bar("Encoding prompts", len(new), "prompt")
+        share = {prompt: paths[prompt] for prompt in peers.share(new)}
+        long = sum(peers.do(encode_prompts, args, accelerator.device, peers, share, max_sequence_length, dtype), [])
         if long:
             logger.warning(f"Cut to {max_sequence_length} tokens, as the model takes no more:\n{listing(long)}")
-        for prompt in tqdm(share, "Encoding prompts", unit="prompt", disable=not accelerator.is_main_process):
-            prompt_embeds = compute_prompt_embeddings(
-                tokenizer, text_encoder, prompt, max_sequence_length, accelerator.device, dtype
-            )  # [1, S, D]
-            write_item(paths[prompt], prompt_embeds=prompt_embeds[0])
-        del tokenizer, text_encoder
-        clear_device_cache(garbage_collection=True)
-    accelerator.wait_for_everyone()
+        peers.do(wait_for_files, "--precompute_dir", list(paths.values()))
     return paths
+
+
+def encode_prompts(
+    args: argparse.Namespace, device: torch.device, peers: Peers, paths: dict[str, Path], max_sequence_length: int,
+    dtype: torch.dtype,
+) -> list[str]:
+    """Encode prompts into their `paths`; returns the beginnings of those that are longer than the model takes."""
+    if not paths:
+        return []
+    source = pretrained_source(args)
+    tokenizer = T5Tokenizer.from_pretrained(subfolder="tokenizer", **source)
+    source |= {"variant": args.variant, "dtype": dtype}
+    text_encoder = T5EncoderModel.from_pretrained(subfolder="text_encoder", **source)
+    text_encoder.to(device).requires_grad_(False)
+    for prompt, path in paths.items():
+        prompt_embeds = compute_prompt_embeddings(
+            tokenizer, text_encoder, prompt, max_sequence_length, device, dtype
+        )  # [1, S, D]
+        write_item(path, prompt_embeds=prompt_embeds[0])
+        peers.advance(1)
+    long = [p[:60] + "…" for p in paths if len(tokenizer(p, verbose=False).input_ids) > max_sequence_length]
+    del tokenizer, text_encoder
+    clear_device_cache(garbage_collection=True)
+    return long
 
 
 def decode_in_child(connection, dataset: VideoDataset, index: int, dtype: torch.dtype) -> None:
@@ -935,7 +1162,7 @@ def video_source(record: VideoRecord) -> dict:
 
 
 def precompute_videos(
-    args: argparse.Namespace, accelerator: Accelerator, dataset: VideoDataset
+    args: argparse.Namespace, accelerator: Accelerator, peers: Peers, dataset: VideoDataset
 ) -> list[tuple[Path, ...] | None]:
     """Encode each clip once, and its mirror image for --random_flip; returns the files of each clip.
 
@@ -951,17 +1178,19 @@ def precompute_videos(
     for record in dataset.records:
         content = {"source": video_source(record), "settings": settings, "dtype": str(dtype), "encoder": encoder}
         paths.append(tuple(item_path(folder, "videos", made_for=KIND, flip=flip, **content) for flip in flips))
-    check_items(accelerator, folder, [path for files in paths for path in files])
-    new = list({files: i for i, files in enumerate(paths) if not all(file.exists() for file in files)}.values())
-    logger.info(f"Videos: {len(paths) - len(new)} of {len(paths)} come from {folder}")
-    accelerator.wait_for_everyone()  # all have counted before the first one writes
-    share = new[accelerator.process_index :: accelerator.num_processes]
-    bad = encode_videos(args, accelerator, dataset, share, paths, dtype) if share else {}
-    bad = dict(accelerator.gather_for_metrics(list(bad.items()), use_gather_object=True))
-    if not bad:
-        return paths
+    new, bad = start_precomputing(peers, folder, "Videos", dict(enumerate(paths))), {}
+    if new:
+        peers.start_bar("Encoding videos", len(new), "video")
+        share = {index: paths[index] for index in peers.share(new)}
+        for found in peers.do(encode_videos, args, accelerator.device, peers, dataset, share, dtype):
+            bad |= found
     without = {paths[index] for index in bad}  # a clip that is listed twice was tried once
     kept = [None if files in without else files for files in paths]
+    if new:
+        written = [path for files in kept if files for path in files]
+        peers.do(wait_for_files, "--precompute_dir", written)
+    if not bad:
+        return kept
     said = f"{kept.count(None)} of {len(paths)} videos cannot be decoded"
     if not args.skip_bad_videos or not any(kept):
         raise RunError(f"{said}:\n{listing(sorted(bad.values()), limit=200)}")
@@ -970,25 +1199,24 @@ def precompute_videos(
 
 
 def encode_videos(
-    args: argparse.Namespace, accelerator: Accelerator, dataset: VideoDataset, indices: list[int],
-    paths: list[tuple[Path, ...]], dtype: torch.dtype,
+    args: argparse.Namespace, device: torch.device, peers: Peers, dataset: VideoDataset,
+    paths: dict[int, tuple[Path, ...]], dtype: torch.dtype,
 ) -> dict[int, str]:
-    """Decode and encode the clips `indices` into their `paths`; returns what is wrong with those that failed."""
-    vae = load_vae(args, dtype).to(accelerator.device)
-    decoded = decode_videos(dataset, indices, dtype, max(1, args.dataloader_num_workers))
-    progress = tqdm(decoded, "Encoding videos", len(indices), unit="video", disable=not accelerator.is_main_process)
-    bad = {}
-    for index, video in progress:
+    """Decode and encode clips, by their index, into their `paths`; returns what is wrong with those that failed."""
+    if not paths:
+        return {}
+    vae, bad = load_vae(args, dtype).to(device), {}
+    for index, video in decode_videos(dataset, list(paths), dtype, max(1, args.dataloader_num_workers)):
         if isinstance(video, str):
             bad[index] = f"{dataset.records[index].path}: {video}"
-            continue
         for flipped, path in enumerate(paths[index]):
-            if not path.exists():
+            if index not in bad and not path.exists():
                 pixels = video.flip(-1) if flipped else video  # [F, C, H, W]
                 tensors = {"moments": encode_video(vae, pixels)}
                 # I2V: seeded by the name, the hash of all that decides the content: noise of its own, and repeatable
                 tensors["image_moments"] = encode_first_frame(vae, pixels[0], seed=int(path.stem[:15], 16))
                 write_item(path, **tensors)
+        peers.advance(1)
     del vae
     clear_device_cache(garbage_collection=True)
     return bad
@@ -1145,27 +1373,59 @@ def add_lora(transformer: CogVideoXTransformer3DModel, rank: int, lora_alpha: fl
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
 
-def save_lora(transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
+def lora_parameters(transformer: CogVideoXTransformer3DModel) -> dict[str, torch.nn.Parameter]:
+    """What trains, under the names of the saved file: those of peft without the adapter's."""
+    return {
+        name.replace(".default.", "."): parameter
+        for name, parameter in transformer.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in full, where an engine keeps a part of it, or a copy in the compute dtype, in each process. All of
+    them have to ask for it."""
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    if hasattr(tensor, "_hp_mapping") or hasattr(tensor, "ds_id"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(tensor)
+    return tensor
+
+
+def lora_weights(transformer: CogVideoXTransformer3DModel) -> dict[str, torch.Tensor]:
+    """The LoRA in full, in fp32, on the CPU; all processes take part."""
+    return {name: whole(weight).detach().float().cpu() for name, weight in lora_parameters(transformer).items()}
+
+
+def save_lora(
+    transformer: CogVideoXTransformer3DModel, folder: Path, weights: dict[str, torch.Tensor] | None = None
+) -> None:
     """Write LORA_FILE into `folder`, whole or not at all, with the metadata that makes
-    `pipe.load_lora_weights(folder)` apply alpha / rank, once."""
-    metadata = transformer.peft_config["default"].to_dict()
+    `pipe.load_lora_weights(folder)` apply alpha / rank, once. `weights`: those of `lora_weights`."""
+    # peft makes a set of the targets, in another order each run: the file shall not differ for that.
+    metadata = transformer.peft_config["default"].to_dict() | {"target_modules": LORA_TARGETS}
+    weights = lora_weights(transformer) if weights is None else weights
     with tempfile.TemporaryDirectory(dir=folder, prefix=".lora-", suffix=".partial") as partial:
         PIPELINE.save_lora_weights(
-            partial,
-            transformer_lora_layers=get_peft_model_state_dict(transformer),
-            transformer_lora_adapter_metadata=metadata,
+            partial, transformer_lora_layers=weights, transformer_lora_adapter_metadata=metadata
         )
         os.replace(Path(partial) / LORA_FILE, folder / LORA_FILE)
 
 
 def load_lora(transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
     """Read LORA_FILE of `folder` into the LoRA that `transformer` already has. Raises RunError if they don't fit."""
-    saved = load_file(folder / LORA_FILE)
-    state_dict = {key.removeprefix("transformer."): tensor for key, tensor in saved.items()}
-    expected = {key: tensor.shape for key, tensor in get_peft_model_state_dict(transformer).items()}
-    if expected != {key: tensor.shape for key, tensor in state_dict.items()}:
+    saved = {name.removeprefix("transformer."): tensor for name, tensor in load_file(folder / LORA_FILE).items()}
+    parameters = lora_parameters(transformer)
+    if {n: tensor.shape for n, tensor in saved.items()} != {n: tensor.shape for n, tensor in parameters.items()}:
         raise RunError(f"--resume_from_checkpoint: {folder / LORA_FILE} does not fit this run's layers or --rank")
-    set_peft_model_state_dict(transformer, state_dict, adapter_name="default")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            tensor = saved[name].to(parameter.device)
+            if isinstance(parameter, DTensor):
+                tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+            parameter.copy_(tensor)
 
 
 # ---- Objective ------------------------------------------------------------------------------------------------------
@@ -1327,6 +1587,35 @@ def get_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer,
     )
 
 
+class Prepared(NamedTuple):
+    """What trains, as accelerate's engine holds it."""
+
+    transformer: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+
+
+def prepare(
+    args: argparse.Namespace, accelerator: Accelerator, transformer: CogVideoXTransformer3DModel,
+    trainable: list[torch.nn.Parameter], plan: TrainingPlan,
+) -> Prepared:
+    """Hand the model, its optimizer and its schedule to the engine. Where a DeepSpeed configuration defines one of the
+    two, it is that one; the flags' are for what is not defined."""
+    plugin = accelerator.state.deepspeed_plugin
+    defined = plugin.deepspeed_config if plugin is not None else {}
+    groups = [{"params": trainable, "lr": plan.learning_rate}]
+    optimizer = get_optimizer(args, groups, use_deepspeed="optimizer" in defined)
+    if "scheduler" in defined:
+        steps = plan.max_train_steps * accelerator.num_processes  # accelerate divides them again, but not the warm-up
+        schedule = DummyScheduler(optimizer, total_num_steps=steps, warmup_num_steps=args.lr_warmup_steps)
+    elif "optimizer" in defined:
+        make = functools.partial(get_lr_scheduler, args, plan=plan)
+        schedule = DummyScheduler(optimizer, lr_scheduler_callable=make)
+    else:
+        schedule = get_lr_scheduler(args, optimizer, plan)
+    return Prepared(*accelerator.prepare(transformer, optimizer, schedule))
+
+
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------
 
 
@@ -1340,16 +1629,40 @@ class TrainingState:
     batch: int = 0  # micro-batches taken of this epoch, a process
 
 
-def save_lora_hook(accelerator: Accelerator, models: list, weights: list, output_dir: str) -> None:
-    """Write the LoRA in place of the whole transformer, the frozen base of which nobody needs twice."""
-    if accelerator.is_main_process:
-        save_lora(accelerator.unwrap_model(models[0]), Path(output_dir))
-    weights.clear()  # accelerate writes what is left here
+def save_no_base(_models: list, weights: list, _output_dir: str) -> None:
+    """A hook of accelerate's, which writes what is left in `weights`: nobody needs the frozen base twice."""
+    weights.clear()
 
 
-def load_lora_hook(accelerator: Accelerator, models: list, input_dir: str) -> None:
-    load_lora(accelerator.unwrap_model(models[0]), Path(input_dir))
-    models.clear()  # accelerate loads what is left here
+def load_no_base(models: list, _input_dir: str) -> None:
+    models.clear()
+
+
+def write_state(accelerator: Accelerator, prepared: Prepared, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Write LoRA, optimizer, schedule and random generators as each engine does, all processes together."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_fsdp2:  # accelerate's save_state would write the base, too
+        plugin = accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, accelerator, prepared.optimizer, prepared.transformer, str(folder))
+        state = ([], [], [prepared.lr_scheduler], [], accelerator.process_index, accelerator.step, accelerator.scaler)
+        save_accelerator_state(str(folder), *state)
+    else:
+        accelerator.save_state(str(folder), exclude_frozen_parameters=True)  # which DeepSpeed asks for
+    if accelerator.is_main_process or accelerator.project_configuration.save_on_each_node:
+        save_lora(accelerator.unwrap_model(prepared.transformer), folder, weights)
+
+
+def read_state(accelerator: Accelerator, prepared: Prepared, folder: Path) -> None:
+    """Read back what `write_state` wrote."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:  # which keeps it twice, in fp32 and to compute with
+        load_lora(accelerator.unwrap_model(prepared.transformer), folder)
+    if accelerator.is_fsdp2:
+        plugin = accelerator.state.fsdp_plugin
+        load_fsdp_optimizer(plugin, accelerator, prepared.optimizer, prepared.transformer, str(folder))
+        state = ([], [], [prepared.lr_scheduler], [], accelerator.process_index, accelerator.scaler)
+        load_accelerator_state(str(folder), *state)
+    else:
+        accelerator.load_state(str(folder), load_module_strict=False)  # the frozen base is not in it
 
 
 def read_training_state(folder: Path) -> tuple[float, dict, dict]:
@@ -1374,6 +1687,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 def run_settings(args: argparse.Namespace, accelerator: Accelerator, num_clips: int) -> dict:
     """What a checkpoint depends on, as CHECKPOINT_NEEDS and CHECKPOINT_CHANGES name it."""
     counted = {"lora_targets": LORA_TARGETS, "num_processes": accelerator.num_processes, "num_clips": num_clips}
+    counted["engine"] = engine_name(accelerator)
     names = CHECKPOINT_NEEDS | CHECKPOINT_CHANGES.keys()
     return counted | {name: getattr(args, name) for name in sorted(names - counted.keys())}
 
@@ -1382,8 +1696,12 @@ def check_checkpoint(folder: Path, settings: dict) -> None:
     """Hold a checkpoint against the settings of the run that is to go on from it: warn of what changes, and raise
     RunError where it cannot go on."""
     _, saved, _ = read_training_state(folder)
-    changed = {name: f"{name} was {saved[name]}, is {new}" for name, new in settings.items() if saved[name] != new}
-    refused = [text for name, text in changed.items() if name in CHECKPOINT_NEEDS]
+    changed = {
+        name: f"{name} was {saved[name]}, is {new}" for name, new in settings.items() if saved.get(name, new) != new
+    }
+    # An engine that spreads the optimizer over the processes has a file for each of them.
+    needs = CHECKPOINT_NEEDS | ({"num_processes"} if settings["engine"] != "replicated" else set())
+    refused = [text for name, text in changed.items() if name in needs]
     if refused:
         raise RunError(f"--resume_from_checkpoint: {folder} does not fit these flags:\n{listing(refused)}")
     if changed:
@@ -1418,7 +1736,7 @@ def publish_checkpoint(args: argparse.Namespace, partial: Path, folder: Path, st
 
 
 def save_checkpoint(
-    args: argparse.Namespace, accelerator: Accelerator, state: TrainingState, settings: dict
+    args: argparse.Namespace, accelerator: Accelerator, prepared: Prepared, state: TrainingState, settings: dict
 ) -> None:
     """Write checkpoint-N, all processes together: under a temporary name, so that a folder with its final name is
     whole. Where a process cannot write, that is logged, the checkpoints before it stay, and training goes on."""
@@ -1426,8 +1744,9 @@ def save_checkpoint(
     partial = folder.with_name(f".{folder.name}.partial")
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
+    weights = lora_weights(accelerator.unwrap_model(prepared.transformer))
     accelerator.wait_for_everyone()
-    failed = not attempt(f"Writing {folder}", accelerator.save_state, str(partial))
+    failed = not attempt(f"Writing {folder}", write_state, accelerator, prepared, partial, weights)
     failed = accelerator.reduce(torch.tensor(float(failed), device=accelerator.device)).item() > 0
     if accelerator.is_main_process:
         if failed:
@@ -1435,6 +1754,55 @@ def save_checkpoint(
         elif attempt(f"Writing {folder}", publish_checkpoint, args, partial, folder, state, settings):
             logger.info(f"Saved {folder}")
     accelerator.wait_for_everyone()
+
+
+class LastStep:
+    """The run as its last whole step left it, for a checkpoint in case the next one fails half-way."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.state, self.random = device, None, []
+
+    def keep(self, state: TrainingState) -> None:
+        self.state, self.random = dataclasses.replace(state), [torch.get_rng_state()]
+        if self.device.type == "cuda":
+            self.random.append(torch.cuda.get_rng_state(self.device))
+
+    def drop(self) -> None:
+        """The weights are about to change: until the next `keep` they are of no step."""
+        self.state = None
+
+    def restore_random(self) -> None:
+        torch.set_rng_state(self.random[0])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(self.random[1], self.device)
+
+
+def rescue(
+    args: argparse.Namespace, accelerator: Accelerator, prepared: Prepared, last: LastStep, settings: dict
+) -> None:
+    """Write a checkpoint of the last whole step after the next one has failed, without a word with the other
+    processes, who may be gone: the first process of each machine tries, and the first one to do so writes.
+
+    An engine that spreads the optimizer over the processes cannot be saved without them all.
+    """
+    if not (last.state and last.state.step) or settings["engine"] != "replicated":
+        return
+    if not accelerator.is_local_main_process:
+        return
+    folder = Path(args.output_dir) / f"checkpoint-{last.state.step}"
+    partial = folder.with_name(f".{folder.name}.rescued.partial")
+    try:
+        partial.mkdir()
+    except OSError:  # there, by another machine's process, or not to be written
+        return
+    accelerator.project_configuration.save_on_each_node = True  # whichever this one is
+    accelerator.step = 0  # the micro-batches of the step that failed are to come again
+    last.restore_random()
+    weights = lora_weights(accelerator.unwrap_model(prepared.transformer))
+    if attempt(f"Writing {folder}", write_state, accelerator, prepared, partial, weights) and attempt(
+        f"Writing {folder}", publish_checkpoint, args, partial, folder, last.state, settings
+    ):
+        logger.error(f"Saved {folder}: all steps before the one that failed")
 
 
 def clean_up(output_dir: Path) -> None:
@@ -1463,11 +1831,13 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     raise RunError(f"--resume_from_checkpoint {wanted}: no complete checkpoint there; {args.output_dir} has {there}")
 
 
-def resume(accelerator: Accelerator, folder: Path, settings: dict) -> TrainingState:
+def resume(accelerator: Accelerator, prepared: Prepared, folder: Path, settings: dict) -> TrainingState:
     """Load LoRA, optimizer, schedule and this process's random generators; returns where the run was."""
-    accelerator.load_state(str(folder))
     _, saved, state = read_training_state(folder)
     state = TrainingState(**state)
+    # A process of which the checkpoint has no generators must not draw the run's first noise again.
+    set_seed(state.seed + state.step, device_specific=True)
+    read_state(accelerator, prepared, folder)
     clips = state.batch * saved["train_batch_size"] * saved["num_processes"]  # of this epoch, seen already
     state.batch = clips // (settings["train_batch_size"] * settings["num_processes"])
     logger.info(f"Resumed {folder}: step {state.step}, epoch {state.epoch + 1}, batch {state.batch} of it")
@@ -1524,63 +1894,71 @@ def send_videos(accelerator: Accelerator, tag: str, files: list[Path], caption: 
                 tracker.tracker.file_writer.add_summary(Summary(value=[value]), step)
 
 
+def validation_files(args: argparse.Namespace, step: int, is_final: bool, name: str) -> list[Path]:
+    """Where the --num_validation_videos of one prompt are written."""
+    stem = f"{'test' if is_final else 'validation'}_step-{step:06d}_{name}"
+    folder = Path(args.output_dir) / "validation"
+    return [folder / f"{stem}video-{index}.mp4" for index in range(args.num_validation_videos)]
+
+
 def log_validation(
     pipe: PIPELINE, args: argparse.Namespace, accelerator: Accelerator, pipeline_args: dict, epoch: int,
-    is_final_validation: bool = False, step: int | None = None, name: str = "", caption: str | None = None,
+    is_final_validation: bool = False, step: int | None = None, name: str | None = "", caption: str | None = None,
 ) -> list[np.ndarray]:
     """Sample --num_validation_videos with `pipeline_args`, the same ones each time for one --seed.
 
-    Each is written to <output_dir>/validation and sent to the trackers. Returns the videos, [F, H, W, C] in [0, 1].
+    Each is written to <output_dir>/validation and sent to the trackers of this process; with `name` None it is only
+    sampled. Returns the videos, [F, H, W, C] in [0, 1].
     """
     step = epoch if step is None else step
-    phase = "test" if is_final_validation else "validation"
-    folder = Path(args.output_dir) / "validation"
-    folder.mkdir(parents=True, exist_ok=True)
+    files = validation_files(args, step, is_final_validation, name or "")
+    files[0].parent.mkdir(parents=True, exist_ok=True)
     # CogVideoX is sampled with the DPM scheduler; a fresh one, since it keeps state from call to call.
     pipe.scheduler = CogVideoXDPMScheduler.from_config(pipe.scheduler.config)
     # Its own generator: sampling must neither depend on the training's random numbers nor advance them.
     generator = torch.Generator(accelerator.device).manual_seed(0 if args.seed is None else args.seed)
-    videos, files = [], []
-    for index in range(args.num_validation_videos):
+    videos = []
+    for file in files:
         video = pipe(**pipeline_args, generator=generator, output_type="np").frames[0]  # [>=F, H, W, C]
         # Of an even number of latent frames the VAE makes four frames of the first one too: the last F are the video.
         video = video[-pipeline_args.get("num_frames", 0) :]  # [F, H, W, C]
-        file = folder / f"{phase}_step-{step:06d}_{name}video-{index}.mp4"
+        videos.append(video)
+        if name is None:
+            continue
         partial = file.with_name(f".{file.stem}.partial.mp4")
         export_to_video(list(video), str(partial), fps=args.fps)
         if len(decord.VideoReader(str(partial))) != len(video):  # ffmpeg on a full disk: imageio does not tell
             raise OSError(f"{file} was not written whole")
         os.replace(partial, file)
-        videos.append(video)
-        files.append(file)
-    caption = caption or pipeline_args.get("prompt", "")
-    attempt("Showing videos in the trackers", send_videos, accelerator, phase, files, caption, step, args.fps)
+    if name is not None:
+        show_videos(args, accelerator, files, caption or pipeline_args.get("prompt", ""), step, is_final_validation)
     return videos
 
 
-def run_validation(
-    args: argparse.Namespace, accelerator: Accelerator, transformer: CogVideoXTransformer3DModel,
-    noise_scheduler: CogVideoXDPMScheduler, prompt_files: dict[str, Path], state: TrainingState,
-    is_final: bool = False,
-) -> list[np.ndarray]:
-    """Sample every validation prompt with the LoRA as it is; returns the videos, empty if validation failed.
+def show_videos(
+    args: argparse.Namespace, accelerator: Accelerator, files: list[Path], caption: str, step: int, is_final: bool
+) -> None:
+    phase = "test" if is_final else "validation"
+    attempt("Showing videos in the trackers", send_videos, accelerator, phase, files, caption, step, args.fps)
 
-    The prompts were encoded at the start, so the text encoder is not loaded. A failure (out of memory, a full disk)
-    is logged, and training goes on. A signal to stop ends the sampling at once.
-    """
-    prompts = validation_prompts(args)
-    if not prompts or not accelerator.is_main_process or STOP.number:
-        return []
-    logger.info(f"Validation at step {state.step}: {len(prompts)} prompts, {args.num_validation_videos} videos each")
-    videos, pipe = [], None
+
+def sample_prompts(
+    args: argparse.Namespace, accelerator: Accelerator, transformer: CogVideoXTransformer3DModel,
+    noise_scheduler: CogVideoXDPMScheduler, prompt_files: dict[str, Path], state: TrainingState, is_final: bool,
+    indices: list[int],
+) -> Iterator[int]:
+    """Sample validation prompts, by their index, each one given back when its videos are written. Those past the last
+    one are sampled as the last one, and not written."""
+    prompts, pipe = validation_prompts(args), None
     transformer.eval()
     try:
-        STOP.at_once = True
         models = {"transformer": transformer, "scheduler": noise_scheduler, "tokenizer": None, "text_encoder": None}
         vae = load_vae(args, DTYPES[accelerator.mixed_precision])
         pipe = PIPELINE(vae=vae.to(accelerator.device), **models)
-        pipe.set_progress_bar_config(desc="Sampling")
-        for index, prompt in enumerate(prompts):
+        pipe.set_progress_bar_config(desc="Sampling", disable=not accelerator.is_main_process)
+        for number in indices:
+            index = min(number, len(prompts) - 1)
+            prompt, name = prompts[index], f"prompt-{index}_" if index == number else None
             embeds = {key: load_file(prompt_files[key])["prompt_embeds"][None] for key in (prompt, "")}  # [1, S, D]
             names = ("height", "width", "num_inference_steps", "guidance_scale", "use_dynamic_cfg")
             pipeline_args = {name: getattr(args, name) for name in names} | {
@@ -1589,20 +1967,61 @@ def run_validation(
                 "negative_prompt_embeds": embeds[""].to(accelerator.device),
                 "image": start_image(args, index),  # I2V:
             }
-            videos += log_validation(
-                pipe, args, accelerator, pipeline_args, state.epoch, is_final, state.step, f"prompt-{index}_", prompt
+            log_validation(
+                pipe, args, accelerator, pipeline_args, state.epoch, is_final, state.step, name, prompt
             )
-    except Exception:  # the weights matter more than a sample of them
-        logger.warning("Validation failed; training is not affected:", exc_info=True)
-        videos = []
-    except Interrupted:
-        logger.warning("Validation is cut short.")
+            if name is not None:
+                yield index
     finally:
-        STOP.at_once = False
         pipe = vae = None
         transformer.train()
         clear_device_cache(garbage_collection=True)
-    return videos
+
+
+def run_validation(
+    args: argparse.Namespace, accelerator: Accelerator, peers: Peers, transformer: CogVideoXTransformer3DModel,
+    noise_scheduler: CogVideoXDPMScheduler, prompt_files: dict[str, Path], state: TrainingState,
+    is_final: bool = False,
+) -> list[Path]:
+    """Sample the validation prompts with the LoRA as it is, each process its share; returns the written videos.
+
+    The prompts were encoded at the start, so the text encoder is not loaded. A failure (out of memory, a full disk)
+    is logged, and training goes on. A signal to stop ends the sampling at once.
+    """
+    prompts = validation_prompts(args)
+    if not prompts:
+        return []
+    # Where each has a part of the base only, all of them sample in step, or none gets any further.
+    in_step = engine_name(accelerator) in ("deepspeed zero3", "fsdp2")
+    padding = -len(prompts) % peers.count if in_step else 0
+    share = peers.share(list(range(len(prompts) + padding))) if in_step or not STOP.number else []
+    logger.info(f"Validation at step {state.step}: {len(prompts)} prompts, {args.num_validation_videos} videos each")
+    sampled, everyone = [], []
+    try:
+        STOP.at_once = not in_step
+        if share:
+            given = (args, accelerator, transformer, noise_scheduler, prompt_files, state, is_final, share)
+            for index in sample_prompts(*given):
+                sampled.append(index)
+    except Exception:  # the weights matter more than a sample of them
+        logger.error("Validation failed; training is not affected:", exc_info=True)
+    except Interrupted:
+        logger.warning("Validation is cut short.")
+    try:
+        everyone = peers.gather(sampled)
+    except Interrupted:
+        pass
+    except RunError as error:
+        if not is_final:
+            raise
+        logger.error(f"Not all videos are there: {error}")  # the LoRA is, and all else that is still to do
+    finally:
+        STOP.at_once = False
+    files = {i: validation_files(args, state.step, is_final, f"prompt-{i}_") for i in sorted(sum(everyone, sampled))}
+    for index in files.keys() - set(sampled) if peers.index == 0 else ():
+        attempt("Waiting for another machine's videos", wait_for_files, "--output_dir", files[index])
+        show_videos(args, accelerator, files[index], prompts[index], state.step, is_final)
+    return sum(files.values(), [])
 
 
 def usage_example(repo_id: str, base_model: str, prompt: str, fps: int) -> str:
@@ -1624,12 +2043,15 @@ def save_model_card(
     repo_id: str, videos: list | None = None, base_model: str | None = None, validation_prompt: str | None = None,
     repo_folder: str | None = None, fps: int = 8,
 ) -> None:
-    """Write README.md, the model card, into `repo_folder`, and `videos` ([F, H, W, C] in [0, 1] each, or lists of
-    images) beside it as final_video_N.mp4."""
+    """Write README.md, the model card, into `repo_folder`, and `videos` (mp4 files, [F, H, W, C] in [0, 1] each, or
+    lists of images) beside it as final_video_N.mp4."""
     widget = []
     for index, video in enumerate(videos if videos is not None else []):
         name = f"final_video_{index}.mp4"
-        export_to_video(list(video), str(Path(repo_folder) / name), fps=fps)
+        if isinstance(video, Path):
+            shutil.copyfile(video, Path(repo_folder) / name)
+        else:
+            export_to_video(list(video), str(Path(repo_folder) / name), fps=fps)
         widget.append({"text": validation_prompt or " ", "output": {"url": name}})
     data = ModelCardData(
         base_model=base_model, library_name="diffusers", license="other",
@@ -1682,69 +2104,78 @@ def upload(args: argparse.Namespace, repo_id: str) -> None:
 
 
 def get_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Accelerate as the flags and its own configuration want it, and the output folder. Raises RunError."""
+    """Accelerate as the flags and its own configuration want it. Raises RunError."""
     logging_dir = Path(args.output_dir) / args.logging_dir
+    # A collective of NCCL that times out shall be an error here, and not the end of the process in a thread of NCCL's.
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     try:
-        logging_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"--output_dir {args.output_dir} cannot be written: {error}") from error
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=args.mixed_precision,
-        log_with=args.report_to,
-        project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(logging_dir)),
-        step_scheduler_with_optimizer=False,  # accelerate would step the schedule once a process
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.nccl_timeout))],
-    )
+        accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=args.mixed_precision,
+            log_with=args.report_to,
+            project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(logging_dir)),
+            step_scheduler_with_optimizer=False,  # accelerate would step the schedule once a process
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(seconds=args.nccl_timeout)),
+                # The only buffers are the positions, the same everywhere and up to 68 MB a step.
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            ],
+        )
+    except (ValueError, ImportError) as error:
+        raise RunError(f"accelerate's configuration and these flags don't go together: {error}") from error
+    except DistError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise RunError(
+            f"the processes of this run did not find each other at {where} within {args.nccl_timeout} seconds "
+            f"({error}): do all launchers have that address, can each machine reach it, were all of them started?",
+            exit_code=5,
+        ) from error
     if accelerator.mixed_precision not in DTYPES:
         raise RunError(f"accelerate's configuration says {accelerator.mixed_precision}: give --mixed_precision")
+    configure_engine(args, accelerator)
     return accelerator
 
 
-def is_first_process() -> bool:
-    """Before accelerate is up, and for an error that all processes meet."""
-    return os.environ.get("RANK", "0") == "0"
+def engine_name(accelerator: Accelerator) -> str:
+    """How the processes hold what trains: "replicated" (each has it all), or the engine that spreads it."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"deepspeed zero{accelerator.state.deepspeed_plugin.zero_stage}"
+    return "fsdp2" if accelerator.is_fsdp2 else "replicated"
 
 
-class Interrupted(BaseException):
-    """A signal to stop, at a moment when nothing needs to be finished first."""
+def configure_engine(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Tell the engine what the flags say. Raises RunError for one that cannot train a LoRA in fp32."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()  # with it the text encoder, too, would be spread over the processes
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+        config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
+        config["gradient_clipping"] = args.max_grad_norm  # DeepSpeed clips, and nobody else
+        config["zero_force_ds_cpu_optimizer"] = False  # the optimizer is the one of --optimizer, offloaded too
+        # DeepSpeed computes with a copy of the LoRA in the compute dtype; what it learns and sums up is fp32.
+        config["communication_data_type"] = "fp32"
+        config["data_types"] = config.get("data_types", {}) | {"grad_accum_dtype": "fp32"}
+    elif accelerator.distributed_type == DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            raise RunError("FSDP must be version 2 (fsdp_version: 2): the first one wants a single dtype in a block")
+        dtype = DTYPES[accelerator.mixed_precision]
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False  # rotary positions stay fp32
+        )
 
 
-class StopRequest:
-    """SIGINT and SIGTERM as a wish: the training finishes its step and writes a checkpoint, then grants it.
-
-    While `at_once` is true (encoding, sampling, uploading), Interrupted is raised instead. A second signal ends the
-    process where it stands.
-    """
-
-    def __init__(self):
-        self.number, self.at_once, self.heard_at, self.process = 0, True, 0.0, 0
-
-    def listen(self) -> None:
-        self.process = os.getpid()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.hear)
-
-    def hear(self, number: int, _frame) -> None:
-        if os.getpid() != self.process:
-            return  # a process forked from this one
-        if not self.number:
-            self.number, self.heard_at = number, time.monotonic()
-            if self.at_once:
-                raise Interrupted
-        elif time.monotonic() - self.heard_at > 1:  # what a launcher hands on within the second is the first one again
-            os._exit(128 + number)
-
-
-STOP = StopRequest()
+def go_on(args: argparse.Namespace) -> str:
+    """How a run that ends here is taken up again."""
+    complete = list_checkpoints(Path(args.output_dir))
+    how = f" with --resume_from_checkpoint latest ({complete[-1].name})" if complete else ""
+    return f"To go on, give the same command{how}."
 
 
 def stopped(args: argparse.Namespace, when: str) -> RunError:
     """The one line that says how to go on."""
     number = STOP.number or signal.SIGTERM  # none: another process was told
-    complete = list_checkpoints(Path(args.output_dir))
-    how = f" with --resume_from_checkpoint latest ({complete[-1].name})" if complete else ""
-    name = signal.Signals(number).name
-    return RunError(f"stopped by {name} {when}. To go on, give the same command{how}.", 128 + number)
+    return RunError(f"stopped by {signal.Signals(number).name} {when}. {go_on(args)}", 128 + number)
 
 
 def set_up_logging() -> None:
@@ -1773,35 +2204,34 @@ def check_finite(args: argparse.Namespace, step: int, loss: float, grad_norm: fl
         raise not_finite(args, step, f"the loss is {loss}, the gradient norm {grad_norm}")
 
 
-def check_weights(args: argparse.Namespace, step: int, trainable: list[torch.nn.Parameter]) -> None:
+def check_weights(args: argparse.Namespace, step: int, transformer: CogVideoXTransformer3DModel) -> None:
     """End the run before weights that are not finite are saved over good ones. Raises RunError, code 3."""
-    if not torch.stack([parameter.isfinite().all() for parameter in trainable]).all():
+    if not all(weight.isfinite().all() for weight in lora_weights(transformer).values()):
         raise not_finite(args, step, "weights of the LoRA are not finite")
 
 
 def start_logging(
     args: argparse.Namespace, accelerator: Accelerator, plan: TrainingPlan, step: int, num_clips: int,
-    trainable: list[torch.nn.Parameter],
+    num_trainable: int,
 ) -> None:
     """Open the metrics file, from `step` on, and the trackers; say what is going to be trained."""
     if accelerator.is_main_process:
         start_metrics(Path(args.output_dir) / "metrics.jsonl", step)
         name = args.tracker_name or DEFAULT_OUTPUT_DIR
         accelerator.init_trackers(name, tracker_config(args), {"wandb": {"dir": accelerator.logging_dir}})
-    num_trainable = sum(parameter.numel() for parameter in trainable)
     logger.info(f"Clips: {num_clips}, in batches of {plan.total_batch_size} a step, all processes together")
     logger.info(f"LoRA: {num_trainable:,} parameters of rank {args.rank}, applied at {args.lora_alpha / args.rank:g}")
     logger.info(f"Steps: {plan.max_train_steps}, {plan.steps_per_epoch} an epoch, {plan.num_epochs} epochs")
 
 
 def train(
-    args: argparse.Namespace, accelerator: Accelerator, transformer: torch.nn.Module, optimizer, lr_scheduler,
-    noise_scheduler: CogVideoXDPMScheduler, loader: DataLoader, sampler: ShapeBatchSampler, plan: TrainingPlan,
-    state: TrainingState, vae_config: dict, validate: Callable[[TrainingState], object], save: Callable[[], None],
+    args: argparse.Namespace, accelerator: Accelerator, prepared: Prepared, noise_scheduler: CogVideoXDPMScheduler,
+    loader: DataLoader, sampler: ShapeBatchSampler, plan: TrainingPlan, state: TrainingState, last: LastStep,
+    vae_config: dict, validate: Callable[[TrainingState], object], save: Callable[[], None],
 ) -> None:
     """The training loop, from wherever `state` is to the last step of `plan`. Raises RunError."""
-    transformer_config = accelerator.unwrap_model(transformer).config
-    trainable = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    transformer, optimizer, lr_scheduler = prepared
+    base = accelerator.unwrap_model(transformer)
     dtype = DTYPES[accelerator.mixed_precision]
     metrics_file = Path(args.output_dir) / "metrics.jsonl"
     loss_sum, num_micro_batches, started = 0.0, 0, time.perf_counter()
@@ -1810,6 +2240,7 @@ def train(
         disable=not accelerator.is_main_process,
     )
     transformer.train()
+    last.keep(state)
     STOP.at_once = False  # from here on a signal waits for the step's end
     while state.step < plan.max_train_steps:
         sampler.epoch, sampler.first_batch = state.epoch, state.batch
@@ -1819,13 +2250,14 @@ def train(
                 image_latents = sample_image_latents(  # I2V: [B, f, C, h, w]
                     batch.image_moments, latents.shape[1], vae_config, args.noised_image_dropout
                 )
-                rotary = rotary_for(transformer_config, latents, vae_scale_factor(vae_config))
+                rotary = rotary_for(base.config, latents, vae_scale_factor(vae_config))
                 loss = diffusion_loss(  # I2V:
                     transformer, noise_scheduler, latents, image_latents, batch.prompt_embeds, rotary, dtype
                 )
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
+                    grad_norm = accelerator.clip_grad_norm_(transformer.parameters(), args.max_grad_norm)
+                    last.drop()
                 optimizer.step()
                 optimizer.zero_grad()
             loss_sum, num_micro_batches, state.batch = loss_sum + loss.detach(), num_micro_batches + 1, state.batch + 1
@@ -1834,8 +2266,10 @@ def train(
 
             lr_scheduler.step()
             state.step += 1
+            last.keep(state)
             # A process that was told to stop tells the others here, so that all of them stop after the same step.
-            numbers = torch.stack([loss_sum / num_micro_batches, grad_norm, loss_sum.new_tensor(STOP.number)])
+            norm, stop = (torch.as_tensor(x, device=loss_sum.device) for x in (whole(grad_norm), STOP.number))
+            numbers = torch.stack([loss_sum / num_micro_batches, norm.float(), stop.float()])
             mean_loss, norm, stop = accelerator.reduce(numbers, reduction="mean").tolist()
             check_finite(args, state.step, mean_loss, norm, accelerator.optimizer_step_was_skipped)
             # As the originals logged it, the rate is the one that the schedule now stands at.
@@ -1849,7 +2283,7 @@ def train(
             loss_sum, num_micro_batches, started = 0.0, 0, time.perf_counter()
 
             if state.step % args.checkpointing_steps == 0 or stop or state.step >= plan.max_train_steps:
-                check_weights(args, state.step, trainable)
+                check_weights(args, state.step, base)
             if state.step % args.checkpointing_steps == 0 or stop:
                 save()
             if stop:
@@ -1865,21 +2299,25 @@ def train(
     progress.close()
 
 
+def save_result(output_dir: Path, transformer: CogVideoXTransformer3DModel, weights: dict[str, torch.Tensor]) -> None:
+    """Write what all this is for. Raises RunError, code 1."""
+    try:
+        save_lora(transformer, output_dir, weights)
+    except (OSError, SafetensorError) as error:
+        how = "once it can, --resume_from_checkpoint latest goes on from the last checkpoint"
+        raise RunError(f"{output_dir / LORA_FILE} cannot be written: {error}; {how}", exit_code=1) from error
+    logger.info(f"LoRA: {output_dir / LORA_FILE}")
+
+
 def finish(
-    args: argparse.Namespace, accelerator: Accelerator, transformer: CogVideoXTransformer3DModel,
-    validate: Callable[[], list[np.ndarray]], repo_id: str | None,
+    args: argparse.Namespace, accelerator: Accelerator, peers: Peers, transformer: CogVideoXTransformer3DModel,
+    validate: Callable[[], list[Path]], repo_id: str | None,
 ) -> None:
     """Save the LoRA, then sample it, write its card, and upload, in the order of what must not be lost."""
     output_dir = Path(args.output_dir)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        try:
-            save_lora(transformer, output_dir)
-        except (OSError, SafetensorError) as error:
-            how = "once it can, --resume_from_checkpoint latest goes on from the last checkpoint"
-            raise RunError(f"{output_dir / LORA_FILE} cannot be written: {error}; {how}", exit_code=1) from error
-        logger.info(f"LoRA: {output_dir / LORA_FILE}")
+    peers.first(save_result, output_dir, transformer, lora_weights(transformer))
     videos = validate()
+    peers.over.set()  # nobody waits for anybody any more
     if accelerator.is_main_process:
         prompt = validation_prompts(args)[0] if args.validation_prompt else None
         name = repo_id or output_dir.resolve().name
@@ -1893,6 +2331,55 @@ def finish(
         upload(args, repo_id)
 
 
+def end_early(
+    args: argparse.Namespace, accelerator: Accelerator, prepared: Prepared, last: LastStep, settings: dict,
+    error: Exception,
+) -> Exception:
+    """What a training that cannot go on ends with: `error`, or RunError, code 5, where it comes of the loss of another
+    process. The steps are saved where the error has left them whole."""
+    if isinstance(error, RunError) and error.exit_code != 5:  # in all processes after the same step
+        attempt("Closing the trackers", accelerator.end_training)
+        return error
+    rescue(args, accelerator, prepared, last, settings)
+    for tracker in accelerator.trackers:  # and nothing that would wait for the others
+        attempt(f"Closing {tracker.name}", tracker.finish)
+    if isinstance(error, DistError) or "gloo" in str(error):  # nothing else tells gloo's errors from others
+        error = gone(f"a process of this run is gone, or out of reach ({error})")
+    if isinstance(error, RunError):
+        return RunError(f"{error}. {go_on(args)}", exit_code=5)
+    logger.error(go_on(args))
+    return error
+
+
+def start_from(args: argparse.Namespace, peers: Peers, settings: dict) -> Path | None:
+    """The checkpoint that the run goes on from, None for a fresh start; what is half-written in the output folder is
+    removed. Raises RunError."""
+    output_dir = Path(args.output_dir)
+    peers.do(make_folder, "--output_dir", output_dir / args.logging_dir)
+    if peers.count > 1:
+        check_shared(peers, "--output_dir", output_dir)
+    peers.first(clean_up, output_dir)
+    checkpoint = peers.first(find_checkpoint, args)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, settings)
+    elif args.resume_from_checkpoint:
+        logger.info(f"--resume_from_checkpoint latest: no checkpoint in {args.output_dir}, so this is a fresh start")
+    return checkpoint
+
+
+def precompute(
+    args: argparse.Namespace, accelerator: Accelerator, peers: Peers, dataset: VideoDataset, text_length: int
+) -> tuple[LatentDataset, dict[str, Path]]:
+    """The encoded clips, and the files of all encoded prompts. Each encoder is on the device alone, and gone before
+    the transformer comes. Raises RunError."""
+    prompts = [dataset.prompt(index) for index in range(len(dataset))]
+    all_prompts = [*prompts, *validation_prompts(args), ""]
+    prompt_files = precompute_prompts(args, accelerator, peers, all_prompts, text_length)
+    video_files = precompute_videos(args, accelerator, peers, dataset)
+    usable = [(files, prompt_files[prompt]) for files, prompt in zip(video_files, prompts, strict=True) if files]
+    return LatentDataset(*map(list, zip(*usable, strict=True))), prompt_files
+
+
 def main(args: argparse.Namespace) -> None:
     """Check, precompute, train, save, publish: the data flow from top to bottom. Raises RunError."""
     set_up_logging()
@@ -1901,30 +2388,20 @@ def main(args: argparse.Namespace) -> None:
     check_model(args, transformer_config, vae_config)
     dataset = VideoDataset(**{name: getattr(args, name) for name in inspect.signature(VideoDataset).parameters})
     find_checkpoint(args)  # a wrong one is said before anything is written
-    repo_id = check_hub_access(args)
     accelerator = get_accelerator(args)
+    peers = Peers(accelerator.process_index, accelerator.num_processes, args.nccl_timeout)
+    repo_id = peers.first(check_hub_access, args)
     settings = run_settings(args, accelerator, len(dataset))
-    if accelerator.is_main_process:
-        clean_up(Path(args.output_dir))
-    accelerator.wait_for_everyone()
-    checkpoint = find_checkpoint(args)
-    if checkpoint is not None:
-        check_checkpoint(checkpoint, settings)
+    checkpoint = start_from(args, peers, settings)
     if args.allow_tf32:
         torch.set_float32_matmul_precision("high")
     seed = random.SystemRandom().getrandbits(31) if args.seed is None else args.seed
-    state = TrainingState(seed=broadcast_object_list([seed])[0])
+    state = TrainingState(seed=peers.gather(seed)[0])
     frames = frames_4k_plus_1(args.max_num_frames)
     if frames != args.max_num_frames:
         logger.warning(f"--max_num_frames {args.max_num_frames} is not 4k+1: {frames} frames are used.")
 
-    # Each encoder is on the device alone, and gone before the transformer comes.
-    prompts = [dataset.prompt(index) for index in range(len(dataset))]
-    text_length = transformer_config["max_text_seq_length"]
-    prompt_files = precompute_prompts(args, accelerator, [*prompts, *validation_prompts(args), ""], text_length)
-    video_files = precompute_videos(args, accelerator, dataset)
-    usable = [(files, prompt_files[prompt]) for files, prompt in zip(video_files, prompts, strict=True) if files]
-    latents = LatentDataset(*map(list, zip(*usable, strict=True)))
+    latents, prompt_files = precompute(args, accelerator, peers, dataset, transformer_config["max_text_seq_length"])
     loader, sampler = get_dataloader(args, accelerator, latents, state.seed)
     plan = plan_training(args, len(sampler), accelerator.num_processes)
     check_lengths(transformer_config, sampler.shapes)  # I2V:
@@ -1933,35 +2410,39 @@ def main(args: argparse.Namespace) -> None:
     transformer = load_transformer(args, DTYPES[accelerator.mixed_precision])
     trainable = add_lora(transformer, args.rank, args.lora_alpha)
     noise_scheduler = CogVideoXDPMScheduler.from_pretrained(subfolder="scheduler", **pretrained_source(args))
-    optimizer = get_optimizer(args, [{"params": trainable, "lr": plan.learning_rate}])
-    lr_scheduler = get_lr_scheduler(args, optimizer, plan)
-    transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
-    accelerator.register_save_state_pre_hook(functools.partial(save_lora_hook, accelerator))
-    accelerator.register_load_state_pre_hook(functools.partial(load_lora_hook, accelerator))
+    num_trainable = sum(parameter.numel() for parameter in trainable)
+    peers.gather("loaded")  # a slow disk must not make the others' first collective give up
+    prepared = prepare(args, accelerator, transformer, trainable, plan)
+    accelerator.register_save_state_pre_hook(save_no_base)
+    accelerator.register_load_state_pre_hook(load_no_base)
     set_seed(state.seed, device_specific=True)  # each process draws its own noise
     if checkpoint is not None:
-        state = resume(accelerator, checkpoint, settings)
+        state = resume(accelerator, prepared, checkpoint, settings)
         sampler.seed = state.seed
-    elif args.resume_from_checkpoint:
-        logger.info(f"--resume_from_checkpoint latest: no checkpoint in {args.output_dir}, so this is a fresh start")
 
-    start_logging(args, accelerator, plan, state.step, len(latents), trainable)
-    base = accelerator.unwrap_model(transformer)
-    validate = functools.partial(run_validation, args, accelerator, base, noise_scheduler, prompt_files)
-    save = functools.partial(save_checkpoint, args, accelerator, state, settings)
+    start_logging(args, accelerator, plan, state.step, len(latents), num_trainable)
+    base, last = accelerator.unwrap_model(prepared.transformer), LastStep(accelerator.device)
+    validate = functools.partial(run_validation, args, accelerator, peers, base, noise_scheduler, prompt_files)
+    save = functools.partial(save_checkpoint, args, accelerator, prepared, state, settings)
     try:
         train(
-            args, accelerator, transformer, optimizer, lr_scheduler, noise_scheduler, loader, sampler, plan, state,
-            vae_config, validate, save,
+            args, accelerator, prepared, noise_scheduler, loader, sampler, plan, state, last, vae_config, validate,
+            save,
         )
-    except RunError:  # in all processes after the same step
-        attempt("Closing the trackers", accelerator.end_training)
-        raise
-    finish(args, accelerator, base, functools.partial(validate, state, is_final=True), repo_id)
+    except Exception as error:
+        raise end_early(args, accelerator, prepared, last, settings, error) from None
+    finish(args, accelerator, peers, base, functools.partial(validate, state, is_final=True), repo_id)
+
+
+def end_children() -> None:
+    """The loading processes ignore signals: at an error, this process would wait for them for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would make an error of their end
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def command_line() -> None:
-    """Run as a script: a problem that has a name ends in one message, told by one process, and its exit code."""
+    """Run as a script: a problem that has a name ends in one message a machine, and its exit code."""
     STOP.listen()
     code = 0
     try:
@@ -1972,8 +2453,12 @@ def command_line() -> None:
             raise stopped(args, "before the first step; what is encoded is kept") from None
     except RunError as error:
         code = error.exit_code
-        if is_first_process():
-            print(f"{Path(sys.argv[0]).name}: {'' if code > 128 else 'error: '}{error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one process a machine, as another one's may be out of sight
+            print(f"{Path(sys.argv[0]).name}: {'' if code > 128 else 'error: '}{error}", file=sys.stderr, flush=True)
+    finally:
+        end_children()
+    if code == 5:
+        os._exit(code)  # to take the process group down may wait for the one that is gone
     sys.exit(code)
 
 

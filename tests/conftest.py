@@ -224,18 +224,19 @@ class Child:
 
 @pytest.fixture
 def launch(script, flags, tmp_path):
-    """Start a run as a process: `launch(prepare=..., **flags)`; with `processes=2` a list of two, joined by gloo."""
+    """Start a run as a process: `launch(prepare=..., **flags)`; with `processes=2` a list of two, joined by gloo, that
+    take themselves, with `machines=2`, for the only process of their machine."""
     started = []
 
-    def start(processes: int = 1, prepare: Callable | None = None, **changes):
+    def start(processes: int = 1, prepare: Callable | None = None, machines: int = 1, **changes):
         words, port = flags(**changes), str(20000 + (os.getpid() * 97 + len(started)) % 20000)
-        children = []
+        children, on_one = [], processes // machines
         for rank in range(processes):
             environment = {}
             if processes > 1:
                 environment = {
-                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-                    "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                    "RANK": str(rank), "LOCAL_RANK": str(rank % on_one), "WORLD_SIZE": str(processes),
+                    "LOCAL_WORLD_SIZE": str(on_one), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
                 }  # fmt: skip
             log = tmp_path / f"log-{len(started)}"
             children.append(Child(script, words, log, environment, prepare))

@@ -216,11 +216,11 @@ def files_no_longer_than(size: int):
 def test_full_disk_at_a_checkpoint(script, run, monkeypatch, caplog, size):
     save_checkpoint = script.save_checkpoint
 
-    def save(args, accelerator, state, settings):
+    def save(args, accelerator, prepared, state, settings):
         if state.step == 2:
             with files_no_longer_than(size):
-                return save_checkpoint(args, accelerator, state, settings)
-        return save_checkpoint(args, accelerator, state, settings)
+                return save_checkpoint(args, accelerator, prepared, state, settings)
+        return save_checkpoint(args, accelerator, prepared, state, settings)
 
     monkeypatch.setattr(script, "save_checkpoint", save)
     output = run(max_train_steps=3, checkpointing_steps=1, checkpoints_total_limit=2)
@@ -261,11 +261,11 @@ def test_full_disk_at_a_video(script, run, monkeypatch, caplog):
 def test_full_disk_at_the_lora(script, run, monkeypatch, tmp_path):
     save_lora = script.save_lora
 
-    def save(transformer, folder):
+    def save(transformer, folder, weights):
         if folder.name != "output":  # a checkpoint
-            return save_lora(transformer, folder)
+            return save_lora(transformer, folder, weights)
         with files_no_longer_than(100):
-            return save_lora(transformer, folder)
+            return save_lora(transformer, folder, weights)
 
     monkeypatch.setattr(script, "save_lora", save)
     with pytest.raises(script.RunError, match=f"output/{script.LORA_FILE} cannot be written") as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from test_training import read_metrics, same_tensors
 
@@ -176,20 +177,20 @@ def test_settings_that_fit_are_not_warned_of(run, saved, caplog):
     assert "in another way" not in caplog.text
 
 
-def test_place_in_the_epoch_is_kept_for_another_batch_size(script, tmp_path):
+def test_place_in_the_epoch_is_kept_for_another_batch_size(script, monkeypatch, tmp_path):
     """8 clips seen, in 4 batches of 2: 8 batches of 1, or 2 of 2 processes with 2 each."""
     settings = {"train_batch_size": 2, "num_processes": 1}
     state = {"seed": 0, "step": 4, "epoch": 1, "batch": 4}
     (tmp_path / "training_state.json").write_text(json.dumps({"saved_at": 0, "settings": settings, "state": state}))
 
-    class Accelerator:
-        def load_state(self, folder):
-            assert folder == str(tmp_path)
-
+    read = []
+    monkeypatch.setattr(script, "read_state", lambda *arguments: read.append(arguments))
+    Accelerator()  # random generators are seeded by its process
     for size, processes, batch in ((1, 1, 8), (2, 2, 2), (3, 1, 2), (2, 1, 4)):
         now = {"train_batch_size": size, "num_processes": processes}
-        state = script.resume(Accelerator(), tmp_path, now)
+        state = script.resume("accelerator", "prepared", tmp_path, now)
         assert (state.step, state.epoch, state.batch) == (4, 1, batch)
+    assert read == 4 * [("accelerator", "prepared", tmp_path)]
 
 
 class Kill(BaseException):
@@ -273,8 +274,8 @@ def test_weights_that_are_not_finite_are_not_saved(script, run, monkeypatch, tmp
     """The loss and gradients of step 2 are finite, what the optimizer makes of them is not."""
     get_optimizer = script.get_optimizer
 
-    def breaking(args, groups):
-        optimizer = get_optimizer(args, groups)
+    def breaking(args, groups, **keywords):
+        optimizer = get_optimizer(args, groups, **keywords)
         counts = {"steps": 0}
 
         def look(*_):

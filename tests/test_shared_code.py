@@ -20,7 +20,7 @@ EXCEPTIONS = {
     "encode_videos": "the first frame is encoded apart",
     "Batch": "it holds the first frame's distribution",
     "diffusion_loss": "the transformer takes image latents beside the noisy ones",
-    "run_validation": "the pipeline takes a start image",
+    "sample_prompts": "the pipeline takes a start image",
     "usage_example": "the pipeline takes a start image",
     "train": "image latents are sampled each step",
     "main": "clips are held against a model's learned positions",

@@ -55,7 +55,7 @@ OPTIMIZERS = [(name, use_8bit) for name in ("adam", "adamw", "prodigy") for use_
 def test_optimizers(script, run, monkeypatch, optimizer, use_8bit_adam):
     made = []
     get_optimizer = script.get_optimizer
-    monkeypatch.setattr(script, "get_optimizer", lambda *args: made.append(get_optimizer(*args)) or made[-1])
+    monkeypatch.setattr(script, "get_optimizer", lambda *a, **k: made.append(get_optimizer(*a, **k)) or made[-1])
     rate = 1.0 if optimizer == "prodigy" else 1e-3
     output = run(
         optimizer=optimizer, use_8bit_adam=use_8bit_adam, learning_rate=rate, rank=128, max_train_steps=6,
