@@ -93,6 +93,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.functional import InterpolationMode, resize
 from tqdm.auto import tqdm
@@ -1613,7 +1614,10 @@ def prepare(
         schedule = DummyScheduler(optimizer, lr_scheduler_callable=make)
     else:
         schedule = get_lr_scheduler(args, optimizer, plan)
-    return Prepared(*accelerator.prepare(transformer, optimizer, schedule))
+    prepared = Prepared(*accelerator.prepare(transformer, optimizer, schedule))
+    if isinstance(prepared.transformer, DistributedDataParallel):
+        prepared.transformer.broadcast_buffers = False  # the positions: the same everywhere, and up to 68 MB a step
+    return prepared
 
 
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------
@@ -2116,8 +2120,7 @@ def get_accelerator(args: argparse.Namespace) -> Accelerator:
             step_scheduler_with_optimizer=False,  # accelerate would step the schedule once a process
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=timedelta(seconds=args.nccl_timeout)),
-                # The only buffers are the positions, the same everywhere and up to 68 MB a step.
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else there are two of each gradient
             ],
         )
     except (ValueError, ImportError) as error:
@@ -2131,6 +2134,9 @@ def get_accelerator(args: argparse.Namespace) -> Accelerator:
         ) from error
     if accelerator.mixed_precision not in DTYPES:
         raise RunError(f"accelerate's configuration says {accelerator.mixed_precision}: give --mixed_precision")
+    if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
+        there = f"accelerate's configuration says {accelerator.gradient_accumulation_steps}: let them agree"
+        raise RunError(f"--gradient_accumulation_steps is {args.gradient_accumulation_steps}, and {there}")
     configure_engine(args, accelerator)
     return accelerator
 

@@ -228,13 +228,16 @@ def launch(script, flags, tmp_path):
     take themselves, with `machines=2`, for the only process of their machine."""
     started = []
 
-    def start(processes: int = 1, prepare: Callable | None = None, machines: int = 1, **changes):
+    def start(
+        processes: int = 1, prepare: Callable | None = None, machines: int = 1, environment: dict | None = None,
+        **changes,
+    ):  # fmt: skip
         words, port = flags(**changes), str(20000 + (os.getpid() * 97 + len(started)) % 20000)
-        children, on_one = [], processes // machines
+        children, on_one, common = [], processes // machines, environment or {}
         for rank in range(processes):
-            environment = {}
-            if processes > 1:
-                environment = {
+            environment = common
+            if processes > 1 or common:
+                environment = common | {
                     "RANK": str(rank), "LOCAL_RANK": str(rank % on_one), "WORLD_SIZE": str(processes),
                     "LOCAL_WORLD_SIZE": str(on_one), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
                 }  # fmt: skip

@@ -4,11 +4,15 @@ left when one of them is lost."""
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file
 from test_training import read_metrics, same_tensors
 
@@ -448,3 +452,45 @@ def test_processes_that_do_not_find_each_other_say_so(launch):
     first, second = launch(2, nccl_timeout=3, prepare=lambda _: os.environ["RANK"] == "1" and os._exit(9))
     assert (first.wait(60), second.wait(60)) == (5, 9)
     assert "did not find each other at 127.0.0.1:" in first.said() and "Traceback" not in first.said()
+
+
+def processes_of(launcher: subprocess.Popen) -> list[int]:
+    """A launcher and its processes, which have sessions of their own."""
+    if launcher.poll() is not None:
+        return []
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    return [launcher.pid, *map(int, children)]
+
+
+@SHARED
+def test_two_launchers_train_one_model_and_the_loss_of_one_ends_the_other(script, flags, tmp_path):
+    """As on two machines: torchrun twice, each with one process; then one of them goes, launcher and all."""
+    words = flags(**TWO | {"max_train_steps": 100_000, "nccl_timeout": 20})
+    launchers = []
+    for rank in (0, 1):
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(rank),
+            "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", str(40_000 + os.getpid() % 20_000),
+            str(ROOT / f"{script.__name__}.py"), *words,
+        ]  # fmt: skip
+        log = (tmp_path / f"log-{rank}").open("wb")
+        launchers.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))
+    try:
+        metrics, deadline = tmp_path / "output" / "metrics.jsonl", time.monotonic() + 150
+        while not (metrics.exists() and len(metrics.read_text().splitlines()) > 5):
+            assert time.monotonic() < deadline and [one.poll() for one in launchers] == [None, None], (
+                (tmp_path / "log-0").read_text()[-3000:]
+            )
+            time.sleep(0.1)
+        for pid in processes_of(launchers[1]):
+            os.kill(pid, signal.SIGKILL)
+        assert launchers[0].wait(60) == 1  # torchrun's own code
+    finally:
+        for launcher in launchers:
+            for pid in processes_of(launcher):
+                os.kill(pid, signal.SIGKILL)
+    said = (tmp_path / "log-0").read_text()
+    assert "error: a process of this run is gone, or out of reach" in said and "exitcode  : 5" in said
+    (checkpoint,) = script.list_checkpoints(tmp_path / "output")
+    assert checkpoint.name == f"checkpoint-{read_metrics(tmp_path / 'output')[-1]['step']}"
+    assert f"--resume_from_checkpoint latest ({checkpoint.name})" in said

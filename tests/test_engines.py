@@ -1,0 +1,276 @@
+"""DeepSpeed and FSDP2 train what the plain engine trains: the same weights, files, schedule and clipping.
+
+What a configuration file means is left to accelerate's own launcher, which makes environment variables of it.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import PartialState
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from conftest import ROOT
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_processes import SHARED, finish, note, notes
+from test_training import read_metrics, same_tensors
+
+CONFIGS = ROOT / "accelerate_configs"
+# Clipping that bites, a warm-up, and steps of more than one micro-batch.
+SETTINGS = {
+    "train_batch_size": 1, "gradient_accumulation_steps": 2, "max_train_steps": 6, "checkpointing_steps": 3,
+    "max_grad_norm": 0.02, "lr_scheduler": "linear", "lr_warmup_steps": 3, "mixed_precision": "bf16",
+}  # fmt: skip
+
+
+def launched_with(config: Path, processes: int) -> dict[str, str]:
+    """The environment that `accelerate launch` gives a script under a configuration file."""
+    words = ["--config_file", str(config), "--num_processes", str(processes), "train.py"]
+    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    environment = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
+    return {key: value for key, value in environment.items() if os.environ.get(key) != value}
+
+
+@pytest.fixture(scope="session")
+def deepspeed_on_the_cpu() -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+    from deepspeed.comm import torch as comm
+
+    comm.build_shm_op = lambda: None  # made for many processes, compiled for a minute
+    deepspeed.get_accelerator().is_fp16_supported = lambda: True  # torch computes in it here, too
+
+
+def note_dtypes(module) -> None:
+    """Of the base, of what is computed with, and of what learns; who clips."""
+    prepare = module.prepare
+
+    def noting(*arguments):
+        prepared = prepare(*arguments)
+        module_parameters = prepared.transformer.module.named_parameters()
+        dtypes = {"lora" if "lora" in name else "base": str(p.dtype) for name, p in module_parameters}
+        learns = {str(p.dtype) for group in prepared.optimizer.param_groups for p in group["params"]}
+        note(module, "dtypes", dtypes | {"learns": sorted(learns)})
+        return prepared
+
+    module.prepare = noting
+
+
+@pytest.fixture
+def deepspeed(launch, deepspeed_on_the_cpu):  # noqa: ARG001
+    """Run under a DeepSpeed configuration; returns what was said."""
+
+    def start(config: Path, **changes) -> str:
+        environment = launched_with(config, 1) | {"ACCELERATE_USE_CPU": "false", "DS_ACCELERATOR": "cpu"}
+        child = launch(environment=environment, prepare=note_dtypes, **SETTINGS | changes)
+        return finish([child], [0])[0]
+
+    return start
+
+
+def lora_file(output: Path) -> tuple[dict, dict]:
+    with safe_open(output / "pytorch_lora_weights.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    return load_file(output / "pytorch_lora_weights.safetensors"), metadata
+
+
+def rates(output: Path) -> list[float]:
+    return [row["lr"] for row in read_metrics(output)]
+
+
+@pytest.fixture
+def plain(run, tmp_path):
+    """The run without an engine, to hold others against."""
+    return run(output_dir=tmp_path / "plain", **SETTINGS)
+
+
+@pytest.mark.parametrize("config", ["deepspeed_zero2.yaml", "deepspeed_zero2_offload.yaml"])
+def test_zero2_in_bf16_is_the_plain_run(script, plain, deepspeed, config, tmp_path):
+    """To fp32 rounding (it divides by the norm where torch multiplies): clipped once, with the same warm-up. Resumed
+    it is the run never stopped, to the bit."""
+    said = deepspeed(CONFIGS / config)
+    output = tmp_path / "output"
+    weights, metadata = lora_file(output)
+    expected, expected_metadata = lora_file(plain)
+    assert weights.keys() == expected.keys() and metadata == expected_metadata
+    for name, weight in expected.items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-7, msg=name)  # dtypes, too
+    assert rates(output) == rates(plain) and rates(output)[0] == pytest.approx(1e-3 / 3)
+    norms = [[row["grad_norm"] for row in read_metrics(folder)] for folder in (output, plain)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4) and min(norms[1]) > SETTINGS["max_grad_norm"]
+    (dtypes,) = notes(tmp_path, "dtypes", 0)
+    assert dtypes == {"base": "torch.bfloat16", "lora": "torch.bfloat16", "learns": ["torch.float32"]}
+    checkpoint = output / "checkpoint-3"
+    assert sum(path.stat().st_size for path in checkpoint.rglob("*.pt")) < 300_000  # the base alone has more
+
+    shutil.rmtree(output / "checkpoint-6")
+    (output / script.LORA_FILE).unlink()
+    deepspeed(CONFIGS / config, resume_from_checkpoint="latest")
+    assert same_tensors(lora_file(output)[0], weights) and rates(output) == rates(plain)
+    assert "Traceback" not in said
+
+
+@SHARED
+def test_zero2_in_fp16(plain, deepspeed, tmp_path):
+    """Its loss scaling may skip steps; the base and what computes are fp16, what learns is not."""
+    longer = {"max_train_steps": 20, "gradient_accumulation_steps": 1}
+    deepspeed(CONFIGS / "deepspeed_zero2.yaml", mixed_precision="fp16", **longer)
+    (dtypes,) = notes(tmp_path, "dtypes", 0)
+    assert dtypes == {"base": "torch.float16", "lora": "torch.float16", "learns": ["torch.float32"]}
+    weights, metadata = lora_file(tmp_path / "output")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert metadata == lora_file(plain)[1] and weights.keys() == lora_file(plain)[0].keys()
+    learned = [weight.abs().max() for name, weight in weights.items() if "lora_B" in name]
+    assert min(learned) > 0 and all(weight.isfinite().all() for weight in weights.values())
+
+
+@SHARED
+def test_zero3_gathers_the_lora(plain, deepspeed, tmp_path):
+    """Its own linear layer rounds in another way: the weights are near those of the plain run, not the same."""
+    ask = {"validation_prompt": "a red square", "num_inference_steps": 1}
+    deepspeed(CONFIGS / "deepspeed_zero3.yaml", **ask)
+    output = tmp_path / "output"
+    weights, metadata = lora_file(output)
+    expected, expected_metadata = lora_file(plain)
+    assert metadata == expected_metadata and rates(output) == rates(plain)
+    for name, weight in expected.items():
+        assert weights[name].shape == weight.shape and weights[name].dtype == torch.float32
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=2e-3, msg=name)  # 4 whole steps are 4e-3
+    losses = [[row["loss"] for row in read_metrics(folder)] for folder in (output, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert len(list((output / "validation").iterdir())) == 1
+    shutil.rmtree(output / "checkpoint-6")
+    deepspeed(CONFIGS / "deepspeed_zero3.yaml", resume_from_checkpoint="latest")
+    assert same_tensors(lora_file(output)[0], weights)
+
+
+@SHARED
+@pytest.mark.parametrize("defined", ["optimizer", "optimizer and scheduler"])
+def test_what_deepspeed_defines_is_not_defined_twice(plain, deepspeed, tmp_path, defined):
+    """The optimizer of a DeepSpeed file takes the place of --optimizer's; the schedule, with its warm-up, is the
+    flags', or the file's where it has one."""
+    content = {
+        "zero_optimization": {"stage": 2},
+        "bf16": {"enabled": "auto"},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": "auto", "weight_decay": "auto", "betas": [0.9, 0.95], "torch_adam": True},
+        },
+    }
+    if "scheduler" in defined:
+        params = {"warmup_min_lr": 0, "warmup_max_lr": "auto", "warmup_num_steps": "auto", "total_num_steps": "auto"}
+        content["scheduler"] = {"type": "WarmupDecayLR", "params": params | {"warmup_type": "linear"}}
+    (tmp_path / "deepspeed.json").write_text(json.dumps(content))
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nnum_machines: 1\nnum_processes: 1\n"
+        f"deepspeed_config:\n  deepspeed_config_file: {tmp_path / 'deepspeed.json'}\n  zero3_init_flag: false\n"
+    )
+    deepspeed(config, checkpointing_steps=100)
+    expected = rates(plain)
+    if "scheduler" in defined:  # DeepSpeed's warm-ups take their first step at zero
+        expected = [0.0, *expected[:-1]]
+    assert rates(tmp_path / "output") == pytest.approx(expected, abs=1e-9)
+    assert min(w.abs().max() for n, w in lora_file(tmp_path / "output")[0].items() if "lora_B" in n) > 0
+
+
+@SHARED
+def test_a_checkpoint_of_another_engine_is_refused(script, run, deepspeed):
+    deepspeed(CONFIGS / "deepspeed_zero2.yaml")
+    with pytest.raises(script.RunError, match="engine was deepspeed zero2, is replicated") as error:
+        run(**SETTINGS, resume_from_checkpoint="latest")
+    assert error.value.exit_code == 2
+
+
+@SHARED
+def test_a_spread_checkpoint_is_refused_to_another_number_of_processes(script, tmp_path, caplog):
+    (tmp_path / "training_state.json").write_text(
+        json.dumps({"saved_at": 1, "settings": {"engine": "fsdp2", "num_processes": 2}, "state": {}})
+    )
+    with pytest.raises(script.RunError, match="num_processes was 2, is 4"):
+        script.check_checkpoint(tmp_path, {"engine": "fsdp2", "num_processes": 4})
+    script.check_checkpoint(tmp_path, {"engine": "fsdp2", "num_processes": 2})
+    (tmp_path / "training_state.json").write_text(
+        json.dumps({"saved_at": 1, "settings": {"engine": "replicated", "num_processes": 2}, "state": {}})
+    )
+    script.check_checkpoint(tmp_path, {"engine": "replicated", "num_processes": 4})
+    assert "num_processes was 2, is 4" in caplog.text
+
+
+@SHARED
+def test_two_words_on_accumulation_are_told(launch):
+    child = launch(environment={"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"})
+    assert child.wait() == 2 and "accelerate's configuration says 4: let them agree" in child.said()
+
+
+# ---- FSDP2, which accelerate starts on accelerators only: its check of the device is passed over here ---------------
+
+
+def pretend_fsdp2(module) -> None:
+    """The engine and plugin that accelerate takes from the configuration file, on CPU processes."""
+    configure_engine, prepare = module.configure_engine, module.prepare
+
+    def configure(args, accelerator):
+        accelerator.state.distributed_type = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        configure_engine(args, accelerator)
+
+    def noting(*arguments):
+        prepared = prepare(*arguments)
+        block = prepared.transformer.transformer_blocks[0]
+        parameters = dict(block.named_parameters())
+        note(module, "units", [type(prepared.transformer).__name__, type(block).__name__])
+        note(module, "dtypes", {"lora" if "lora" in name else "base": str(p.dtype) for name, p in parameters.items()})
+        local = sum(p.to_local().numel() for p in prepared.transformer.parameters())
+        note(module, "spread", [local, sum(p.numel() for p in prepared.transformer.parameters())])
+        return prepared
+
+    module.configure_engine, module.prepare = configure, noting
+
+
+def test_fsdp2_is_the_plain_run_of_two_processes(script, launch, tmp_path):
+    """To the bit in bf16; resumed it is the run never stopped. The block is the unit, the base is spread."""
+    ask = {"validation_prompt": "a red square:::a blue square:::a green square", "num_inference_steps": 1}
+    settings = SETTINGS | ask | {"max_grad_norm": 1.0}
+    finish(launch(2, output_dir=tmp_path / "plain", **settings))
+    environment = launched_with(CONFIGS / "fsdp2.yaml", 2) | {"ACCELERATE_USE_CPU": "true"}
+    fsdp2 = {"environment": environment, "prepare": pretend_fsdp2}
+    finish(launch(2, **fsdp2, **settings))
+    output = tmp_path / "output"
+    weights, metadata = lora_file(output)
+    expected, expected_metadata = lora_file(tmp_path / "plain")
+    assert same_tensors(weights, expected) and metadata == expected_metadata
+    assert rates(output) == rates(tmp_path / "plain")
+    names = [sorted(path.name for path in folder.glob("validation/*")) for folder in (output, tmp_path / "plain")]
+    assert names[0] == names[1] and len(names[0]) == 3
+    for rank in (0, 1):
+        assert notes(tmp_path, "units", rank) == [["FSDPCogVideoXTransformer3DModel", "FSDPCogVideoXBlock"]]
+        assert notes(tmp_path, "dtypes", rank) == [{"base": "torch.bfloat16", "lora": "torch.float32"}]
+        ((local, whole),) = notes(tmp_path, "spread", rank)
+        assert local < 0.6 * whole
+    for name in ("checkpoint-3", "checkpoint-6"):
+        assert same_tensors(lora_file(output / name)[0], lora_file(tmp_path / "plain" / name)[0])
+        assert not list((output / name).glob("*model*"))  # the base is not in it
+
+    shutil.rmtree(output / "checkpoint-6")
+    (output / script.LORA_FILE).unlink()
+    finish(launch(2, **fsdp2, **settings, resume_from_checkpoint="latest"))
+    assert same_tensors(lora_file(output)[0], expected)
+
+
+@SHARED
+def test_fsdp_of_the_first_version_is_refused(script):
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=False)
+    with pytest.raises(script.RunError, match="fsdp_version: 2") as error:
+        script.configure_engine(None, accelerator)
+    assert error.value.exit_code == 2
