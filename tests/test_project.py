@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from conftest import ROOT, SCRIPTS
 from PIL import Image
 
@@ -31,7 +31,7 @@ def launched_script(words: list[str]):
     return importlib.import_module(Path(words[position]).stem), words[position + 1 :]
 
 
-@pytest.mark.parametrize("words", [c for c in COMMANDS if c[0] == "accelerate"], ids=["2b", "5b", "5b-i2v", "resume"])
+@pytest.mark.parametrize("words", [c for c in COMMANDS if c[0] == "accelerate"], ids=["2b", "5b", "5b-i2v", "resume", "many"])
 def test_launch_commands_parse(words, tmp_path, request):
     assert words[:4] == ["accelerate", "launch", "--quiet", "--config_file"] and (ROOT / words[4]).is_file()
     script, flags = launched_script(words)
@@ -61,7 +61,7 @@ def test_flags_in_the_readme_exist():
     sources = "".join((ROOT / f"{name}.py").read_text() for name in SCRIPTS)
     declared = set(re.findall(r'add\("(--\w+)"', sources))
     prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
-    elsewhere = {"--help", "--quiet"}
+    elsewhere = {"--help", "--quiet", "--paper"}
     assert set(re.findall(r"--\w+", prose)) - elsewhere <= declared
 
 
@@ -77,18 +77,49 @@ def test_snippet_runs(run, kind, models, tmp_path):
     assert (tmp_path / "video.mp4").stat().st_size > 0
 
 
+CONFIGS = {  # what accelerate makes of each: its launcher's flags
+    "cpu.yaml": {"num_processes": 1, "mixed_precision": "no"},
+    "single_gpu.yaml": {"num_processes": 1},
+    "multi_gpu.yaml": {"multi_gpu": True},
+    "multi_node.yaml": {"multi_gpu": True, "num_machines": 2},
+    "deepspeed_zero2.yaml": {"use_deepspeed": True, "zero_stage": 2, "offload_optimizer_device": "none"},
+    "deepspeed_zero2_offload.yaml": {"use_deepspeed": True, "zero_stage": 2, "offload_optimizer_device": "cpu"},
+    "deepspeed_zero3.yaml": {"use_deepspeed": True, "zero_stage": 3},
+    "fsdp2.yaml": {"use_fsdp": True, "fsdp_version": 2, "fsdp_transformer_layer_cls_to_wrap": "CogVideoXBlock"},
+}
+
+
 @pytest.mark.parametrize("config", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_accelerate_configs_parse(config):
-    loaded = load_config_from_file(str(config))
-    assert loaded.num_processes == 1
-    assert loaded.use_cpu == (config.name == "cpu.yaml")
+    """And each says when to choose it. Those of many processes want to be told how many."""
+    expected = {"multi_gpu": False, "use_deepspeed": False, "use_fsdp": False, "num_machines": 1}
+    expected |= {"mixed_precision": "bf16", "num_processes": 2, "use_cpu": config.name == "cpu.yaml"}
+    expected |= CONFIGS[config.name]
+    words = ["--config_file", str(config), "train.py"]
+    if expected["num_processes"] == 2:
+        with pytest.raises(ValueError, match="manually pass in `--num_processes`"):
+            _validate_launch_command(launch_command_parser().parse_args(words))
+        words[2:2] = ["--num_processes", "2"]
+    args = _validate_launch_command(launch_command_parser().parse_args(words))[0]
+    assert {name: getattr(args, name) for name in expected} == expected
+    assert config.read_text().startswith("# ")
 
 
+def test_every_configuration_is_there():
+    assert {path.name for path in (ROOT / "accelerate_configs").iterdir()} == CONFIGS.keys()
+
+
+NODE = {"DATA": ".", "OUTPUT": "out", "GPUS": "8", "NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"}
 LAUNCHERS = [
     ("scripts/train_t2v_single_gpu.sh", {"DATA": ".", "PROMPTS": "a b:::c"}),
     ("scripts/train_t2v_single_gpu.sh", {"DATA": ".", "MODEL": "THUDM/CogVideoX-5b", "MIXED_PRECISION": "bf16"}),
     ("scripts/train_i2v_single_gpu.sh", {"DATA": ".", "PROMPTS": "a b:::c", "IMAGES": "a b.png:::c.png"}),
     ("scripts/train_i2v_single_gpu.sh", {"DATA": "."}),
+    ("scripts/train_t2v_multi_gpu.sh", {"DATA": ".", "PROMPTS": "a b:::c", "GPUS": "4"}),
+    ("scripts/train_t2v_multi_gpu.sh", {"DATA": ".", "GPUS": "2", "ENGINE": "fsdp2", "MODEL": "THUDM/CogVideoX-5b"}),
+    ("scripts/train_i2v_multi_gpu.sh", {"DATA": ".", "PROMPTS": "a", "IMAGES": "a b.png", "GPUS": "2"}),
+    ("scripts/train_multi_node.sh", NODE | {"PROMPTS": "a b:::c"}),
+    ("scripts/train_multi_node.sh", NODE | {"KIND": "i2v", "PROMPTS": "a", "IMAGES": "a.png", "ENGINE": "fsdp2"}),
     ("tools/demo.sh", {"DEMO": ".demo"}),
     ("tools/demo.sh", {"DEMO": ".demo", "KIND": "i2v"}),
 ]
@@ -109,11 +140,19 @@ def test_shell_scripts_launch(launcher, settings, tmp_path):
     assert done.returncode == 0, done.stderr
     words = done.stdout.splitlines()
     assert words[:4] == ["accelerate", "launch", "--quiet", "--config_file"] and (ROOT / words[4]).is_file()
+    words[4] = str(ROOT / words[4])
+    launch = _validate_launch_command(launch_command_parser().parse_args(words[2:]))[0]
+    nodes = int(settings.get("NODES", 1))
+    assert (launch.num_processes, launch.num_machines) == (nodes * int(settings.get("GPUS", 1)), nodes)
+    if nodes > 1:
+        assert (launch.machine_rank, launch.main_process_ip, launch.main_process_port) == (1, "10.0.0.1", 29500)
     script, flags = launched_script(words)
     args = script.get_args(flags)
     if launcher.startswith("scripts"):
         assert args.seed == 7
-        default = {"train_cogvideox_lora": "THUDM/CogVideoX-2b"}.get(script.__name__, "THUDM/CogVideoX-5b-I2V")
+        default = "THUDM/CogVideoX-5b-I2V" if script.KIND == "image-to-video" else "THUDM/CogVideoX-2b"
+        if nodes > 1 and script.KIND == "text-to-video":
+            default = "THUDM/CogVideoX-5b"
         assert args.pretrained_model_name_or_path == settings.get("MODEL", default)
         assert args.validation_prompt == settings.get("PROMPTS")
         assert getattr(args, "validation_images", None) == settings.get("IMAGES")
@@ -125,6 +164,66 @@ def test_shell_script_asks_for_data(launcher):
     environment = {key: value for key, value in os.environ.items() if key != "DATA"}
     done = subprocess.run(["bash", str(launcher)], capture_output=True, text=True, env=environment)
     assert done.returncode != 0 and "set DATA to the folder" in done.stderr
+    assert "set -euo pipefail" in launcher.read_text() and os.access(launcher, os.X_OK)
+
+
+def stand_in(folder: Path, name: str, says: str) -> None:
+    (folder / name).write_text(f"#!/usr/bin/env bash\n{says}\n")
+    (folder / name).chmod(0o755)
+
+
+def test_slurm_batch_file(tmp_path):
+    """Under Slurm's variables, with stand-ins for its commands: each machine launches with its own rank."""
+    stand_in(tmp_path, "accelerate", 'printf "%s\\n" accelerate "$@"')
+    stand_in(tmp_path, "scontrol", 'printf "node7\\nnode8\\n"')
+    stand_in(tmp_path, "srun", 'for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done')
+    slurm = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_SUBMIT_DIR": str(ROOT)}
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "train_multi_node.sbatch")], capture_output=True, text=True,
+        env=os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    launches = [["accelerate", *text.splitlines()] for text in done.stdout.split("accelerate\n")[1:]]
+    for rank, words in enumerate(launches):
+        launch = _validate_launch_command(launch_command_parser().parse_args(words[2:]))[0]
+        assert (launch.machine_rank, launch.num_machines, launch.num_processes) == (rank, 2, 16)
+        assert launch.main_process_ip == "node7"
+        script, flags = launched_script(words)
+        args = script.get_args(flags)
+        assert (args.output_dir, args.resume_from_checkpoint) == ("/shared/my_lora", "latest")
+    assert len(launches) == 2
+
+
+def test_check_of_machines(tmp_path):
+    """Two processes that find each other, and one that waits in vain."""
+    command = [sys.executable, str(ROOT / "tools" / "check_machines.py")]
+    address = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "29871"}
+    both = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | address | {"RANK": rank})
+        for rank in "01"
+    ]
+    said = [one.communicate(timeout=120)[0] for one in both]
+    assert [one.returncode for one in both] == [0, 0]
+    assert "process 1 of 2 on" in said[1] and "2 processes on 1 machines reach each other" in said[0]
+    assert "256 MB added up over all of them, cpu" in said[0]
+    impatient = (ROOT / "tools" / "check_machines.py").read_text().replace("SECONDS = 60", "SECONDS = 2")
+    (tmp_path / "check.py").write_text(impatient)
+    alone = subprocess.run(
+        [sys.executable, str(tmp_path / "check.py")], capture_output=True, text=True,
+        env=os.environ | address | {"RANK": "0", "MASTER_PORT": "29872"},
+    )  # fmt: skip
+    assert alone.returncode == 1 and "looking for the others at 127.0.0.1:29872" in alone.stdout
+    assert "the same MASTER_ADDR" in alone.stderr and "Traceback" not in alone.stderr
+
+
+def test_check_is_launched_as_the_training_is(tmp_path):
+    stand_in(tmp_path, "accelerate", 'printf "%s\\n" accelerate "$@"')
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "train_multi_node.sh")], capture_output=True, text=True, cwd=tmp_path,
+        env=os.environ | NODE | {"CHECK": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == str(ROOT / "tools" / "check_machines.py")
+    assert "machine 1 of 2" in done.stderr and "--main_process_ip\n10.0.0.1" in done.stdout
 
 
 PACKAGE_OF = {"PIL": "pillow"}
