@@ -9,7 +9,8 @@ One GPU (settings as published; a clip's own first frame is the image that it is
         --rank 64 --lora_alpha 64 --learning_rate 1e-3 --train_batch_size 1 --num_train_epochs 30 \\
         --gradient_checkpointing --enable_slicing --enable_tiling --seed 42 --output_dir my_lora
 
-Many GPUs: the same line with a config that `accelerate config` writes. Tiny, on a CPU: `make demo KIND=i2v`.
+Eight GPUs: the same with --config_file accelerate_configs/multi_gpu.yaml --num_processes 8; see scripts/ for several
+machines. Tiny, on a CPU: `make demo KIND=i2v`.
 
 The objective, in seven lines (x0: latents of a clip, e: prompt embeddings, alpha_bar: the scheduler's noise levels):
 
@@ -24,12 +25,13 @@ The objective, in seven lines (x0: latents of a clip, e: prompt embeddings, alph
 Dimension key:  B batch · F pixel frames, 4k+1 · f latent frames = (F-1)/4+1 · C channels ·
 H, W pixels · h, w = H/8, W/8 · S text tokens · D text width
 
-Sections: Command line · Data · Precompute · Batches · Model · Objective · Optimizer · Checkpoints ·
+Sections: Command line · Data · Processes · Precompute · Batches · Model · Objective · Optimizer · Checkpoints ·
 Validation and publishing · Training
 """
 
 import argparse
 import atexit
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -717,9 +719,10 @@ class StopRequest:
 STOP = StopRequest()
 
 
-def gone(message: str) -> RunError:
-    """Why the run cannot go on without another process."""
-    return RunError(f"{message}; its own log may say why", exit_code=5)
+def gone(message: str, error: Exception | None = None) -> RunError:
+    """Why the run cannot go on without another process, and the error that showed it, of which one line will do."""
+    reason = f" ({str(error).splitlines()[0]})" if error else ""
+    return RunError(f"{message}{reason}; its own log may say why", exit_code=5)
 
 
 def open_store(patience: float) -> Store:
@@ -760,10 +763,11 @@ class Peers:
 
     def start_bar(self, what: str, total: int, unit: str) -> None:
         """Show, in the first process, how far all of them are with `total` items; `advance` moves it."""
-        self.bar.close()
         self.bar = tqdm(desc=what, total=total, unit=unit, disable=self.index > 0)
 
     def advance(self, items: int) -> None:
+        if self.index > 0 and not items:
+            return  # it shows nothing
         done = self.store.add(f"done/{self.meetings}", items) if self.count > 1 else self.bar.n + items
         self.bar.update(done - self.bar.n)
 
@@ -784,7 +788,7 @@ class Peers:
                         break
                     time.sleep(0.01)
         except DistError as error:
-            raise gone(f"the first process, or the launcher beside it, is gone ({error})") from error
+            raise gone("the first process, or the launcher beside it, is gone", error) from error
         finally:
             self.meetings += 1
         for value in values:
@@ -805,9 +809,9 @@ class Peers:
                         heard[index] = (beat, now)
                     elif now - heard[index][1] > self.patience and not self.store.check([key]):
                         raise gone(f"process {index} has given no sign of life for {self.patience} seconds")
-            if self.index == 0:
-                self.advance(0)
+            self.advance(0)
             time.sleep(0.1)
+        self.advance(0)
 
     def do(self, action: Callable, *arguments) -> list:
         """What `action` returns in each process, in their order. Where it fails in one, all end: that one with its
@@ -825,10 +829,12 @@ class Peers:
                 code = 128 + STOP.number if isinstance(error, Interrupted) else 5
                 what = "was told to stop" if isinstance(error, Interrupted) else f"{type(error).__name__}: {error}"
                 told = RunError(f"process {self.index} on {socket.gethostname()} ended the run: {what}", code)
-                self.store.set(f"meeting/{self.meetings}/{self.index}", pickle.dumps(told))
+                with contextlib.suppress(DistError):
+                    self.store.set(f"meeting/{self.meetings}/{self.index}", pickle.dumps(told))
             raise
         finally:
             self.bar.close()
+            self.bar = tqdm(disable=True)
 
     def first(self, action: Callable, *arguments):
         """What `action` returns in the first process, which alone does it. Raises what it raises there."""
@@ -1055,6 +1061,7 @@ def precompute_prompts(
     encoder = model_identity(args, "text_encoder", "tokenizer")
     content = {"max_sequence_length": max_sequence_length, "dtype": str(dtype), "encoder": encoder}
     paths = {prompt: item_path(precompute_folder(args), "prompts", prompt=prompt, **content) for prompt in prompts}
+    paths = peers.gather(paths)[0]  # one machine's copy of the model may have other dates than another's
     items = {prompt: (path,) for prompt, path in paths.items()}
     new = start_precomputing(peers, precompute_folder(args), "Prompts", items)
     if new:
@@ -1179,6 +1186,7 @@ def precompute_videos(
     for record in dataset.records:
         content = {"source": video_source(record), "settings": settings, "dtype": str(dtype), "encoder": encoder}
         paths.append(tuple(item_path(folder, "videos", made_for=KIND, flip=flip, **content) for flip in flips))
+    paths = peers.gather(paths)[0]  # one machine's copy of the clips may have other dates than another's
     new, bad = start_precomputing(peers, folder, "Videos", dict(enumerate(paths))), {}
     if new:
         peers.start_bar("Encoding videos", len(new), "video")
@@ -1398,6 +1406,10 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def lora_weights(transformer: CogVideoXTransformer3DModel) -> dict[str, torch.Tensor]:
     """The LoRA in full, in fp32, on the CPU; all processes take part."""
     return {name: whole(weight).detach().float().cpu() for name, weight in lora_parameters(transformer).items()}
+
+
+def all_finite(weights: dict[str, torch.Tensor]) -> bool:
+    return all(weight.isfinite().all() for weight in weights.values())
 
 
 def save_lora(
@@ -1803,9 +1815,9 @@ def rescue(
     accelerator.step = 0  # the micro-batches of the step that failed are to come again
     last.restore_random()
     weights = lora_weights(accelerator.unwrap_model(prepared.transformer))
-    if attempt(f"Writing {folder}", write_state, accelerator, prepared, partial, weights) and attempt(
-        f"Writing {folder}", publish_checkpoint, args, partial, folder, last.state, settings
-    ):
+    what = f"Writing {folder}"
+    written = all_finite(weights) and attempt(what, write_state, accelerator, prepared, partial, weights)
+    if written and attempt(what, publish_checkpoint, args, partial, folder, last.state, settings):
         logger.error(f"Saved {folder}: all steps before the one that failed")
 
 
@@ -2011,16 +2023,14 @@ def run_validation(
         logger.error("Validation failed; training is not affected:", exc_info=True)
     except Interrupted:
         logger.warning("Validation is cut short.")
+    finally:
+        STOP.at_once = False
     try:
         everyone = peers.gather(sampled)
-    except Interrupted:
-        pass
     except RunError as error:
         if not is_final:
             raise
         logger.error(f"Not all videos are there: {error}")  # the LoRA is, and all else that is still to do
-    finally:
-        STOP.at_once = False
     files = {i: validation_files(args, state.step, is_final, f"prompt-{i}_") for i in sorted(sum(everyone, sampled))}
     for index in files.keys() - set(sampled) if peers.index == 0 else ():
         attempt("Waiting for another machine's videos", wait_for_files, "--output_dir", files[index])
@@ -2165,6 +2175,8 @@ def configure_engine(args: argparse.Namespace, accelerator: Accelerator) -> None
     elif accelerator.distributed_type == DistributedType.FSDP:
         if not accelerator.is_fsdp2:
             raise RunError("FSDP must be version 2 (fsdp_version: 2): the first one wants a single dtype in a block")
+        if accelerator.mixed_precision == "fp16":
+            raise RunError("FSDP2 trains in bf16 here: --mixed_precision bf16 (2B, too, learns in it)")
         dtype = DTYPES[accelerator.mixed_precision]
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False  # rotary positions stay fp32
@@ -2212,7 +2224,7 @@ def check_finite(args: argparse.Namespace, step: int, loss: float, grad_norm: fl
 
 def check_weights(args: argparse.Namespace, step: int, transformer: CogVideoXTransformer3DModel) -> None:
     """End the run before weights that are not finite are saved over good ones. Raises RunError, code 3."""
-    if not all(weight.isfinite().all() for weight in lora_weights(transformer).values()):
+    if not all_finite(lora_weights(transformer)):
         raise not_finite(args, step, "weights of the LoRA are not finite")
 
 
@@ -2350,7 +2362,7 @@ def end_early(
     for tracker in accelerator.trackers:  # and nothing that would wait for the others
         attempt(f"Closing {tracker.name}", tracker.finish)
     if isinstance(error, DistError) or "gloo" in str(error):  # nothing else tells gloo's errors from others
-        error = gone(f"a process of this run is gone, or out of reach ({error})")
+        error = gone("a process of this run is gone, or out of reach", error)
     if isinstance(error, RunError):
         return RunError(f"{error}. {go_on(args)}", exit_code=5)
     logger.error(go_on(args))
@@ -2361,7 +2373,8 @@ def start_from(args: argparse.Namespace, peers: Peers, settings: dict) -> Path |
     """The checkpoint that the run goes on from, None for a fresh start; what is half-written in the output folder is
     removed. Raises RunError."""
     output_dir = Path(args.output_dir)
-    peers.do(make_folder, "--output_dir", output_dir / args.logging_dir)
+    for folder in (output_dir, output_dir / args.logging_dir):
+        peers.do(make_folder, "--output_dir", folder)
     if peers.count > 1:
         check_shared(peers, "--output_dir", output_dir)
     peers.first(clean_up, output_dir)

@@ -274,3 +274,6 @@ def test_fsdp_of_the_first_version_is_refused(script):
     with pytest.raises(script.RunError, match="fsdp_version: 2") as error:
         script.configure_engine(None, accelerator)
     assert error.value.exit_code == 2
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True, mixed_precision="fp16")
+    with pytest.raises(script.RunError, match="--mixed_precision bf16"):
+        script.configure_engine(None, accelerator)

@@ -68,7 +68,7 @@ def test_metadata_holds_rank_and_alpha(script, run):
         metadata = json.loads(file.metadata()["lora_adapter_metadata"])
         assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float32}
     assert metadata["transformer.r"] == 4 and metadata["transformer.lora_alpha"] == 2
-    assert set(metadata["transformer.target_modules"]) == {"to_q", "to_k", "to_v", "to_out.0"}
+    assert metadata["transformer.target_modules"] == ["to_k", "to_q", "to_v", "to_out.0"]  # in one order in all runs
 
 
 def test_training_moves_the_lora(script, run):

@@ -126,6 +126,19 @@ def test_each_process_draws_its_own_and_one_seed_repeats_it_all(script, kind, la
     assert same_tensors(first, again)
 
 
+@SHARED
+def test_a_process_that_a_checkpoint_knows_nothing_of_draws_new_noise(run, launch, tmp_path):
+    """Two processes go on from what one has left: the second one does not begin with the noise of a run's start."""
+    run(**TWO | {"max_train_steps": 2}, checkpointing_steps=2)
+    settings = TWO | {"max_train_steps": 4, "prepare": note_what_is_drawn}
+    finish(launch(2, resume_from_checkpoint="latest", **settings))
+    resumed = [row[1] for row in notes(tmp_path, "drawn", 1)]
+    (tmp_path / "fresh").mkdir()
+    finish(launch(2, output_dir=tmp_path / "fresh" / "output", **settings))
+    fresh = [row[1] for row in notes(tmp_path / "fresh", "drawn", 1)]
+    assert len(resumed) == 2 and len(fresh) == 4 and not set(resumed) & set(fresh)
+
+
 def count_reductions(module) -> None:
     """Note each time that gradients go from process to process."""
     prepare = module.prepare
