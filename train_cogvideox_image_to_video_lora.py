@@ -235,7 +235,7 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     add("--checkpointing_steps", type=int, default=500, help="optimizer steps between checkpoints")
     add("--checkpoints_total_limit", type=int, help="how many checkpoints to keep; default: all")
     add("--resume_from_checkpoint", help='"latest", or a checkpoint')
-    add("--nccl_timeout", type=int, default=600, help="seconds before a collective operation gives up")
+    add("--nccl_timeout", type=int, default=600, help="seconds without a word after which a process counts as gone")
 
 
 def add_optimizer_args(parser: argparse.ArgumentParser) -> None:

@@ -162,6 +162,7 @@ def count_reductions(module) -> None:
 def test_accumulation_synchronises_once_a_step(script, launch, tmp_path):
     """9 micro-batches in 3 steps: the gradients of the LoRA, and nothing else, are sent 3 times."""
     settings = TWO | {"max_train_steps": 3, "gradient_accumulation_steps": 3, "prepare": count_reductions}
+    settings["gradient_checkpointing"] = True
     said = finish(launch(2, **settings | {"instance_data_root": tiny.make_clips(tmp_path / "clips", count=6)}))
     lora = load_file(tmp_path / "output" / script.LORA_FILE)
     for rank in (0, 1):
@@ -421,19 +422,19 @@ def test_a_crash_leaves_a_checkpoint_of_the_last_whole_step(script, run, launch,
 
 @SHARED
 def test_an_error_while_the_weights_change_leaves_no_checkpoint(script, launch, tmp_path):
-    """They are of no step then."""
+    """They are of no step then: the third step fails when a part of it may have been taken."""
 
     def crash(module):
         get_optimizer = module.get_optimizer
 
         def breaking(*arguments, **keywords):
-            optimizer = get_optimizer(*arguments, **keywords)
-            optimizer.register_step_pre_hook(lambda *_: fail())
+            optimizer, steps = get_optimizer(*arguments, **keywords), []
+            optimizer.register_step_pre_hook(lambda *_: steps.append(1) if len(steps) < 2 else fail())
             return optimizer
 
         module.get_optimizer = breaking
 
-    child = launch(prepare=crash, checkpointing_steps=1)
+    child = launch(prepare=crash, max_train_steps=4)
     assert child.wait(60) == 1 and "a fault of the second process" in child.said()
     assert script.list_checkpoints(tmp_path / "output") == []
 
