@@ -31,6 +31,8 @@ from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from PIL import Image  # noqa: E402
 
 SCRIPTS = {"train_cogvideox_lora": "t2v", "train_cogvideox_image_to_video_lora": "i2v"}
+# For what the two scripts have word for word, where a test takes long: tests/test_shared_code.py says that they do.
+SHARED = pytest.mark.parametrize("script", ["train_cogvideox_lora"], ids=["t2v"], indirect=True)
 
 
 def pytest_addoption(parser):

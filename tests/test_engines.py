@@ -6,6 +6,7 @@ What a configuration file means is left to accelerate's own launcher, which make
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,10 +16,10 @@ from accelerate import PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from conftest import ROOT
+from conftest import ROOT, SHARED
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_processes import SHARED, finish, note, notes
+from test_processes import finish, note, notes
 from test_training import read_metrics, same_tensors
 
 CONFIGS = ROOT / "accelerate_configs"
@@ -43,9 +44,9 @@ def launched_with(config: Path, processes: int) -> dict[str, str]:
 def deepspeed_on_the_cpu() -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
-    from deepspeed.comm import torch as comm
 
-    comm.build_shm_op = lambda: None  # made for many processes, compiled for a minute
+    # It is for many processes, and takes a minute to compile. (`deepspeed.comm.torch` by name is torch itself.)
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
     deepspeed.get_accelerator().is_fp16_supported = lambda: True  # torch computes in it here, too
 
 

@@ -10,6 +10,7 @@ import time
 from contextlib import contextmanager
 
 import pytest
+from conftest import SHARED
 from safetensors.torch import load_file
 from test_training import read_metrics, same_tensors
 
@@ -72,6 +73,7 @@ def test_signals_that_reach_the_workers_too(script, launch, tmp_path, number, co
     assert checkpoint.name == f"checkpoint-{read_metrics(tmp_path / 'output')[-1]['step']}"
 
 
+@SHARED
 def test_two_processes_signalled_as_a_group(script, launch, tmp_path):
     """All at once, and again at once, as launchers hand on what they get."""
     children = launch(2, **ENDLESS)
@@ -245,6 +247,7 @@ def test_full_disk_at_a_precomputed_file(script, run, clips, monkeypatch):
     assert list((clips / ".cogvideox_precomputed" / "videos").iterdir()) == []
 
 
+@SHARED
 def test_full_disk_at_a_video(script, run, monkeypatch, caplog):
     export = script.export_to_video
 

@@ -6,6 +6,7 @@ import signal
 import time
 
 import pytest
+from conftest import SHARED
 from safetensors.torch import load_file
 from transformers import T5EncoderModel
 
@@ -68,6 +69,7 @@ def test_second_run_loads_neither_encoder(rerun, kind, clips):
     assert (clips / ".cogvideox_precomputed").is_dir()
 
 
+@SHARED
 def test_each_distinct_prompt_once(rerun, clips):
     (clips / "prompts.txt").write_text("same\nsame\nother\nsame\n")
     counts = rerun(validation_prompt="other:::new", num_inference_steps=1, max_train_steps=3)
@@ -111,6 +113,7 @@ CHANGES = {
 }
 
 
+@SHARED
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_changed_setting_encodes_all_videos(rerun, change):
     rerun()
@@ -129,6 +132,7 @@ def test_seed_matters_to_random_crops_only(rerun):
     assert rerun(video_reshape_mode="none", seed=1)["videos"] == 4
 
 
+@SHARED
 def test_other_weights_encode_anew(rerun, model, tmp_path):
     copy = tmp_path / "model"
     shutil.copytree(model, copy)

@@ -12,13 +12,11 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from conftest import ROOT
+from conftest import ROOT, SHARED
 from safetensors.torch import load_file
 from test_training import read_metrics, same_tensors
 
 TWO = {"train_batch_size": 1, "max_train_steps": 4}
-# For what the two scripts have word for word.
-SHARED = pytest.mark.parametrize("script", ["train_cogvideox_lora"], ids=["t2v"], indirect=True)
 
 
 def note(module, name: str, row) -> None:

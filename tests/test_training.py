@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from conftest import SHARED
 from safetensors.torch import load_file
 
 
@@ -226,6 +227,7 @@ def test_logged_loss_is_the_mean_over_the_micro_batches(script, run, monkeypatch
     assert [row["loss"] for row in rows] == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:]) / 2])
 
 
+@SHARED
 def test_same_seed_same_weights_and_another_seed_others(script, run, tmp_path):
     settings = {"video_reshape_mode": "random", "random_flip": True}
     first, again, zero = (

@@ -3,6 +3,7 @@
 import decord
 import pytest
 import torch
+from conftest import SHARED
 from safetensors.torch import load_file
 
 TOKEN = "hf_thisMustNotBeSeenAnywhere"
@@ -22,6 +23,7 @@ def test_videos_have_the_asked_frames_size_and_rate(run, frames):
         assert reader.get_avg_fps() == pytest.approx(12)
 
 
+@SHARED
 def test_every_n_epochs_and_at_the_end(run):
     # 4 clips at batch size 2: 2 steps an epoch
     output = run(**ASK, max_train_steps=None, num_train_epochs=3, validation_epochs=1)
@@ -29,6 +31,7 @@ def test_every_n_epochs_and_at_the_end(run):
     assert steps == ["test_step-000006", "validation_step-000002", "validation_step-000004"]
 
 
+@SHARED
 def test_every_n_steps_in_place_of_epochs(run):
     output = run(**ASK, max_train_steps=7, validation_epochs=1, validation_steps=3)
     steps = sorted({file.name.split("_prompt")[0] for file in (output / "validation").iterdir()})
