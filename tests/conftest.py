@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ import tiny  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from PIL import Image  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 SCRIPTS = {"train_cogvideox_lora": "t2v", "train_cogvideox_image_to_video_lora": "i2v"}
 # For what the two scripts have word for word, where a test takes long: tests/test_shared_code.py says that they do.
@@ -188,6 +190,7 @@ def child_main(script, words: list[str], log: Path, environment: dict[str, str],
     os.dup2(output, 2)
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
     logging.root.handlers.clear()  # pytest's
+    tqdm.set_lock(threading.RLock())  # its own: killed with the inherited one, it would hang all of pytest
     torch.set_num_threads(1)  # the threads of the process that this one was forked from are not here
     AcceleratorState._reset_state(True)
     GradientState._reset_state()

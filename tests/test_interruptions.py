@@ -13,6 +13,7 @@ import pytest
 from conftest import SHARED
 from safetensors.torch import load_file
 from test_training import read_metrics, same_tensors
+from tqdm import tqdm
 
 ENDLESS = {"max_train_steps": 100_000, "checkpointing_steps": 100_000}
 
@@ -170,6 +171,24 @@ def test_signal_while_sampling_at_the_end(script, launch, tmp_path):
     assert child.wait() == 130
     assert "stopped by SIGINT after the last step, with the LoRA saved" in child.said()
     assert (tmp_path / "output" / script.LORA_FILE).is_file()
+
+
+@SHARED
+def test_a_child_killed_while_it_draws_a_bar_leaves_the_tests_their_lock(launch):
+    """tqdm's lock is a semaphore that forked processes share: a child killed with it would keep it for ever."""
+
+    def prepare(_):
+        tqdm.get_lock().acquire()
+        print("held")
+        time.sleep(60)
+
+    shared = tqdm.get_lock().mp_lock
+    child = launch(prepare=prepare)
+    child.wait_for(lambda: "held" in child.said())
+    child.process.kill()
+    assert child.wait() == -signal.SIGKILL
+    assert shared.acquire(timeout=10)
+    shared.release()
 
 
 KILLED = {"max_train_steps": 12, "checkpointing_steps": 1, "checkpoints_total_limit": 2, "random_flip": True}
