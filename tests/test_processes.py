@@ -504,5 +504,7 @@ def test_two_launchers_train_one_model_and_the_loss_of_one_ends_the_other(script
     said = (tmp_path / "log-0").read_text()
     assert "error: a process of this run is gone, or out of reach" in said and "exitcode  : 5" in said
     (checkpoint,) = script.list_checkpoints(tmp_path / "output")
-    assert checkpoint.name == f"checkpoint-{read_metrics(tmp_path / 'output')[-1]['step']}"
+    # The other may have gone after a step and before its losses were added up: that step is whole, and has no line.
+    step = read_metrics(tmp_path / "output")[-1]["step"]
+    assert checkpoint.name in (f"checkpoint-{step}", f"checkpoint-{step + 1}")
     assert f"--resume_from_checkpoint latest ({checkpoint.name})" in said
