@@ -29,15 +29,30 @@ Sections: Command line · Data · Processes · Precompute · Batches · Model ·
 Validation and publishing · Training
 """
 
+# Packages, as `uv run` installs them by itself; requirements.txt says what each is for.
+#
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.11.0", "torchvision>=0.26.0", "diffusers>=0.40.0", "transformers>=5.5.0", "accelerate>=1.13.0",
+#     "peft>=0.19.0", "huggingface_hub>=1.23.0", "safetensors>=0.8.0", "numpy>=2.1.3", "pillow>=11.3.0",
+#     "tqdm>=4.67.1", "decord>=0.6.0", "sentencepiece>=0.2.1", "protobuf>=6.33.0", "imageio>=2.37.0",
+#     "imageio-ffmpeg>=0.6.0", "datasets>=4.8.0", "bitsandbytes>=0.50.0", "prodigyopt>=1.1.2", "tensorboard>=2.20.0",
+#     "wandb>=0.25.0",
+# ]
+# ///
+
 import argparse
 import atexit
 import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 import logging
 import math
@@ -45,6 +60,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import shlex
 import shutil
 import signal
 import socket
@@ -58,9 +74,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+# It says, when it is imported, that a kernel for 4-bit models on CPUs is not there.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 import decord
+import diffusers
 import numpy as np
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
 from accelerate.data_loader import prepare_data_loader
@@ -70,6 +91,7 @@ from accelerate.utils import (
     DummyScheduler,
     InitProcessGroupKwargs,
     ProjectConfiguration,
+    compare_versions,
     load_fsdp_optimizer,
     save_fsdp_optimizer,
     set_seed,
@@ -87,9 +109,10 @@ from diffusers.optimization import get_scheduler
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import export_to_video, load_image  # I2V: load_image
-from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.utils import HFValidationError, disable_progress_bars, validate_repo_id
 from peft import LoraConfig
-from PIL import Image, ImageOps  # I2V: ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps  # I2V: ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
@@ -123,6 +146,25 @@ CHECKPOINT_CHANGES = {  # with others it can, but is another run
     **dict.fromkeys(["train_batch_size", "num_processes"], "the place in the epoch is kept, as nearly as it can be"),
     **dict.fromkeys(["height", "width", "max_num_frames"], "the clips have another size or length"),
 }
+OPTIONAL = {  # packages that single flags need, and the lowest version of each
+    "bitsandbytes": "0.50.0", "prodigyopt": "1.1.2", "datasets": "4.8.0", "tensorboard": "2.20.0", "wandb": "0.25.0",
+    "comet_ml": "3.58.8", "deepspeed": "0.19.0",
+}  # fmt: skip
+CARD_FLAGS = (  # those that the model card tells
+    "rank lora_alpha learning_rate optimizer use_8bit_adam lr_scheduler lr_warmup_steps train_batch_size "
+    "gradient_accumulation_steps height width max_num_frames fps frame_sampling video_reshape_mode random_flip seed"
+).split()
+LICENSES = {  # of the base models, by their names; a LoRA is under its base's
+    "cogvideox-2b": {"license": "apache-2.0"},
+    **dict.fromkeys(
+        ["cogvideox-5b", "cogvideox-5b-i2v"],
+        {
+            "license": "other", "license_name": "cogvideox",
+            "license_link": "https://huggingface.co/THUDM/CogVideoX-5b/blob/main/LICENSE",
+        },
+    ),
+}  # fmt: skip
+UPLOAD_WAITS = (0, 5, 30)  # seconds before each try of the upload
 DECODE_SECONDS = 60  # after which a clip counts as one that cannot be decoded
 SHARED_SECONDS = 90  # by which a file that another machine wrote is here; network folders may be slow
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -268,6 +310,7 @@ def add_output_args(parser: argparse.ArgumentParser) -> None:
     add("--tracker_name", help=f"project name at the tracker; default: {DEFAULT_OUTPUT_DIR}")
     add("--push_to_hub", action="store_true", help="upload the LoRA, its card and sample videos at the end")
     add("--hub_model_id", help="repository; default: name of the output dir")
+    add("--hub_private_repo", action="store_true", help="make it private, if it does not exist yet")
     add("--hub_token", help="token for it; default: the one of `hf auth login`")
 
 
@@ -319,20 +362,22 @@ def check_numbers(args: argparse.Namespace) -> list[str]:
 
 
 def check_packages(args: argparse.Namespace) -> list[str]:
-    """Packages that the chosen flags need and that are not installed."""
+    """Packages that the chosen flags need, and that are not installed or too old."""
+    uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     needs = {
         "bitsandbytes": ("--use_8bit_adam", args.use_8bit_adam and args.optimizer != "prodigy"),
         "prodigyopt": ("--optimizer prodigy", args.optimizer == "prodigy"),
         "datasets": ("--dataset_name", args.dataset_name is not None),
-        "tensorboard": ("--report_to tensorboard", args.report_to == "tensorboard"),
-        "wandb": ("--report_to wandb", args.report_to == "wandb"),
-        "comet_ml": ("--report_to comet_ml", args.report_to == "comet_ml"),
+        **{name: (f"--report_to {name}", args.report_to == name) for name in ("tensorboard", "wandb", "comet_ml")},
+        "deepspeed": ("accelerate's configuration", uses_deepspeed),
     }
-    return [
-        f"{flag} needs the package {package}: pip install {package}"
-        for package, (flag, wanted) in needs.items()
-        if wanted and importlib.util.find_spec(package) is None
-    ]
+    problems = []
+    for package in [package for package, (_, wanted) in needs.items() if wanted]:
+        there = importlib.metadata.version(package) if importlib.util.find_spec(package) else "not installed"
+        if there == "not installed" or compare_versions(package, "<", OPTIONAL[package]):
+            wanted = f"{package}>={OPTIONAL[package]}"
+            problems.append(f"{needs[package][0]} needs {wanted}, which is {there}: pip install '{wanted}'")
+    return problems
 
 
 def check_writable(flag: str, folder: Path) -> list[str]:
@@ -686,6 +731,30 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+class LogHandler(logging.Handler):
+    """Writes the log above the bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+class LogLines(io.TextIOBase):
+    """What tqdm draws a bar on where there is no terminal: lines of the log."""
+
+    def write(self, text: str) -> int:
+        if text.strip():
+            logger.info(text.strip())
+        return len(text)
+
+
+def bar_style(shown: bool) -> dict:
+    """How tqdm shows progress: as a bar on a terminal, as a line of the log a minute elsewhere."""
+    if not shown or sys.stderr.isatty():
+        return {"disable": not shown}
+    line = "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left, {rate_fmt}{postfix}"
+    return {"file": LogLines(), "bar_format": line, "mininterval": 60, "maxinterval": 60, "delay": 1}
+
+
 class Interrupted(BaseException):
     """A signal to stop, at a moment when nothing needs to be finished first."""
 
@@ -763,7 +832,7 @@ class Peers:
 
     def start_bar(self, what: str, total: int, unit: str) -> None:
         """Show, in the first process, how far all of them are with `total` items; `advance` moves it."""
-        self.bar = tqdm(desc=what, total=total, unit=unit, disable=self.index > 0)
+        self.bar = tqdm(desc=what, total=total, unit=unit, **bar_style(self.index == 0))
 
     def advance(self, items: int) -> None:
         if self.index > 0 and not items:
@@ -972,6 +1041,15 @@ def checksum(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def put_in_place(partial: Path, path: Path) -> None:
+    """Give a whole file its name, and the access rights of any new file: safetensors leaves its own to their owner
+    alone (safetensors issue 782)."""
+    umask = os.umask(0)
+    os.umask(umask)
+    partial.chmod(0o666 & ~umask)
+    os.replace(partial, path)
+
+
 def write_item(path: Path, **tensors: torch.Tensor) -> None:
     """Write a precomputed item whole or not at all: under a temporary name first. Raises RunError naming the path."""
     partial = path.with_name(f".{path.stem}.{os.uname().nodename}.{os.getpid()}.partial")
@@ -979,7 +1057,7 @@ def write_item(path: Path, **tensors: torch.Tensor) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, partial, {"checksum": checksum(tensors)})
-        os.replace(partial, path)
+        put_in_place(partial, path)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{path} cannot be written: {error} (--precompute_dir takes another place)") from error
     finally:
@@ -1424,7 +1502,7 @@ def save_lora(
         PIPELINE.save_lora_weights(
             partial, transformer_lora_layers=weights, transformer_lora_adapter_metadata=metadata
         )
-        os.replace(Path(partial) / LORA_FILE, folder / LORA_FILE)
+        put_in_place(Path(partial) / LORA_FILE, folder / LORA_FILE)
 
 
 def load_lora(transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
@@ -1703,7 +1781,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 def run_settings(args: argparse.Namespace, accelerator: Accelerator, num_clips: int) -> dict:
     """What a checkpoint depends on, as CHECKPOINT_NEEDS and CHECKPOINT_CHANGES name it."""
     counted = {"lora_targets": LORA_TARGETS, "num_processes": accelerator.num_processes, "num_clips": num_clips}
-    counted["engine"] = engine_name(accelerator)
+    counted |= {"engine": engine_name(accelerator), "mixed_precision": accelerator.mixed_precision}
     names = CHECKPOINT_NEEDS | CHECKPOINT_CHANGES.keys()
     return counted | {name: getattr(args, name) for name in sorted(names - counted.keys())}
 
@@ -1883,31 +1961,38 @@ def tracker_config(args: argparse.Namespace) -> dict:
     return {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in shown.items()}
 
 
-def send_videos(accelerator: Accelerator, tag: str, files: list[Path], caption: str, step: int, fps: int) -> None:
-    """Show written videos in the trackers that take video."""
-    for tracker in accelerator.trackers:
+def as_gif(file: Path, fps: int):
+    """A video for TensorBoard, which plays GIFs among its images. (Its own add_video wants moviepy to make them.)"""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    frames = [Image.fromarray(frame) for frame in decord.VideoReader(str(file))[:].asnumpy()]
+    gif = io.BytesIO()
+    frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
+    width, height = frames[0].size
+    return Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=gif.getvalue())
+
+
+def tracker_scalars(metrics: dict) -> dict:
+    """Under the names that trackers group by, and under those that the originals used."""
+    grouped = {f"train/{name}": metrics[name] for name in ("loss", "lr", "grad_norm")}
+    return grouped | {"train/step_time": metrics["seconds"], "loss": metrics["loss"], "lr": metrics["lr"]}
+
+
+def send_videos(accelerator: Accelerator, files: list[Path], caption: str, step: int, fps: int) -> None:
+    """Show written videos in the trackers that take video, those of one prompt and number under one name."""
+    for tracker, file in itertools.product(accelerator.trackers, files):
+        tag = f"validation/{file.stem.split('_', 2)[2]}"
         if tracker.name == "wandb":
             import wandb
 
-            videos = [wandb.Video(str(file), caption=caption, format="mp4") for file in files]
-            tracker.tracker.log({tag: videos}, step=step)
+            tracker.tracker.log({tag: wandb.Video(str(file), caption=caption, format="mp4")}, step=step)
         elif tracker.name == "comet_ml":
-            for file in files:
-                tracker.tracker.log_video(str(file), name=f"{tag}/{file.name}", step=step)
+            tracker.tracker.log_video(str(file), name=tag, step=step)
         elif tracker.name == "tensorboard":
             from tensorboard.compat.proto.summary_pb2 import Summary
 
-            for file in files:
-                # TensorBoard plays GIFs among its images. Its writer's add_video wants moviepy to make them.
-                frames = [Image.fromarray(frame) for frame in decord.VideoReader(str(file))[:].asnumpy()]
-                gif = io.BytesIO()
-                duration = round(1000 / fps)
-                frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:], duration=duration, loop=0)
-                image = Summary.Image(
-                    width=frames[0].width, height=frames[0].height, colorspace=3, encoded_image_string=gif.getvalue()
-                )
-                value = Summary.Value(tag=f"{tag}/{file.stem}", image=image)
-                tracker.tracker.file_writer.add_summary(Summary(value=[value]), step)
+            value = Summary.Value(tag=tag, image=as_gif(file, fps))
+            tracker.tracker.file_writer.add_summary(Summary(value=[value]), step)
 
 
 def validation_files(args: argparse.Namespace, step: int, is_final: bool, name: str) -> list[Path]:
@@ -1947,15 +2032,9 @@ def log_validation(
             raise OSError(f"{file} was not written whole")
         os.replace(partial, file)
     if name is not None:
-        show_videos(args, accelerator, files, caption or pipeline_args.get("prompt", ""), step, is_final_validation)
+        caption = caption or pipeline_args.get("prompt", "")
+        attempt("Showing videos in the trackers", send_videos, accelerator, files, caption, step, args.fps)
     return videos
-
-
-def show_videos(
-    args: argparse.Namespace, accelerator: Accelerator, files: list[Path], caption: str, step: int, is_final: bool
-) -> None:
-    phase = "test" if is_final else "validation"
-    attempt("Showing videos in the trackers", send_videos, accelerator, phase, files, caption, step, args.fps)
 
 
 def sample_prompts(
@@ -1971,9 +2050,10 @@ def sample_prompts(
         models = {"transformer": transformer, "scheduler": noise_scheduler, "tokenizer": None, "text_encoder": None}
         vae = load_vae(args, DTYPES[accelerator.mixed_precision])
         pipe = PIPELINE(vae=vae.to(accelerator.device), **models)
-        pipe.set_progress_bar_config(desc="Sampling", disable=not accelerator.is_main_process)
         for number in indices:
             index = min(number, len(prompts) - 1)
+            what = f"Sampling prompt {index + 1} of {len(prompts)}"
+            pipe.set_progress_bar_config(desc=what, unit="step", leave=False, **bar_style(accelerator.is_main_process))
             prompt, name = prompts[index], f"prompt-{index}_" if index == number else None
             embeds = {key: load_file(prompt_files[key])["prompt_embeds"][None] for key in (prompt, "")}  # [1, S, D]
             names = ("height", "width", "num_inference_steps", "guidance_scale", "use_dynamic_cfg")
@@ -1998,15 +2078,15 @@ def run_validation(
     args: argparse.Namespace, accelerator: Accelerator, peers: Peers, transformer: CogVideoXTransformer3DModel,
     noise_scheduler: CogVideoXDPMScheduler, prompt_files: dict[str, Path], state: TrainingState,
     is_final: bool = False,
-) -> list[Path]:
-    """Sample the validation prompts with the LoRA as it is, each process its share; returns the written videos.
+) -> dict[Path, str]:
+    """Sample the validation prompts with the LoRA as it is, each process its share; returns the prompt of each video.
 
     The prompts were encoded at the start, so the text encoder is not loaded. A failure (out of memory, a full disk)
     is logged, and training goes on. A signal to stop ends the sampling at once.
     """
     prompts = validation_prompts(args)
     if not prompts:
-        return []
+        return {}
     # Where each has a part of the base only, all of them sample in step, or none gets any further.
     in_step = engine_name(accelerator) in ("deepspeed zero3", "fsdp2")
     padding = -len(prompts) % peers.count if in_step else 0
@@ -2034,84 +2114,153 @@ def run_validation(
     files = {i: validation_files(args, state.step, is_final, f"prompt-{i}_") for i in sorted(sum(everyone, sampled))}
     for index in files.keys() - set(sampled) if peers.index == 0 else ():
         attempt("Waiting for another machine's videos", wait_for_files, "--output_dir", files[index])
-        show_videos(args, accelerator, files[index], prompts[index], state.step, is_final)
-    return sum(files.values(), [])
+        what = (accelerator, files[index], prompts[index], state.step, args.fps)
+        attempt("Showing videos in the trackers", send_videos, *what)
+    return {file: prompts[index] for index in files for file in files[index]}
 
 
-def usage_example(repo_id: str, base_model: str, prompt: str, fps: int) -> str:
-    """The lines of the card that load the LoRA and sample with it."""
+def draw_loss_curve(rows: list[dict], path: Path) -> None:
+    """The loss over the steps of metrics.jsonl, means of up to 100 equal stretches of them, as a PNG of 800 x 320."""
+    rows = [row for row in rows if row["loss"] is not None]
+    means = [np.mean([row["loss"] for row in part]) for part in np.array_split(rows, min(len(rows), 100))]
+    low, high = min(means), max(means)
+    left, right, top, bottom = 70, 780, 30, 280
+    x = np.linspace(left, right, len(means))
+    y = bottom - (np.array(means) - low) / max(high - low, 1e-12) * (bottom - top)
+    picture = Image.new("RGB", (800, 320), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
+    for height, value in ((top, high), (bottom, low)):
+        draw.line([(left, height), (right, height)], "#cccccc")
+        draw.text((left - 8, height), f"{value:.3g}", "black", font, anchor="rm")
+    for side, row in ((left, rows[0]), (right, rows[-1])):
+        draw.text((side, bottom + 18), f"step {row['step']}", "black", font, anchor="lm" if side == left else "rm")
+    draw.text(((left + right) / 2, bottom + 18), "loss", "black", font, anchor="mm")
+    draw.line(list(zip(x, y, strict=True)), "#1f77b4", width=3)
+    picture.save(path)
+
+
+def usage_example(
+    repo_id: str, base_model: str, prompt: str, fps: int, dtype: str = "bfloat16", shape: dict | None = None
+) -> str:
+    """The lines of the card that load the LoRA and sample with it; `shape`: height, width, num_frames."""
+    arguments = "".join(f", {name}={value}" for name, value in (shape or {}).items())
     return f"""import torch
 from diffusers import {PIPELINE.__name__}
 from diffusers.utils import export_to_video, load_image
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-pipe = {PIPELINE.__name__}.from_pretrained("{base_model}", dtype=torch.bfloat16).to(device)
-pipe.load_lora_weights("{repo_id}")  # applies alpha / rank: no further scale is needed
+pipe = {PIPELINE.__name__}.from_pretrained({json.dumps(base_model)}, dtype=torch.{dtype}).to(device)
+pipe.load_lora_weights({json.dumps(repo_id)})  # applies alpha / rank: no further scale is needed
+pipe.vae.enable_tiling()
 
-image = load_image("first_frame.png")
-video = pipe(image, {json.dumps(prompt)}).frames[0]
-export_to_video(video, "output.mp4", fps={fps})"""
+image = load_image("first_frame.png")  # as wide and high as the video, or it is squeezed
+video = pipe(image, {json.dumps(prompt, ensure_ascii=False)}{arguments}).frames[0]
+export_to_video(video, "video.mp4", fps={fps})"""
+
+
+def card_metadata(base_model: str, widget: list[dict], id_token: str | None) -> ModelCardData:
+    """The front matter that the Hub reads: what to show, what the LoRA belongs to, and its licence."""
+    optional = {"instance_prompt": id_token, "widget": widget, "base_model": base_model}
+    try:
+        validate_repo_id(base_model)
+    except HFValidationError:  # the name of a local folder: the Hub would refuse the whole card
+        optional["base_model"] = None
+    tags = [KIND, "diffusers-training", "diffusers", "lora", "cogvideox", "template:sd-lora"]
+    optional = {name: value for name, value in optional.items() if value}
+    license_of = LICENSES.get(base_model.split("/")[-1].lower(), {"license": "other"})
+    return ModelCardData(library_name="diffusers", pipeline_tag=KIND, tags=tags, **license_of, **optional)
 
 
 def save_model_card(
-    repo_id: str, videos: list | None = None, base_model: str | None = None, validation_prompt: str | None = None,
-    repo_folder: str | None = None, fps: int = 8,
+    repo_id: str, videos: list | None = None, base_model: str | None = None,
+    validation_prompt: str | list[str] | None = None, repo_folder: str | None = None, fps: int = 8,
+    id_token: str | None = None, settings: dict | None = None,
 ) -> None:
-    """Write README.md, the model card, into `repo_folder`, and `videos` (mp4 files, [F, H, W, C] in [0, 1] each, or
-    lists of images) beside it as final_video_N.mp4."""
-    widget = []
+    """Write README.md, the model card, into `repo_folder`, and what it shows beside it: `videos` (mp4 files,
+    [F, H, W, C] in [0, 1] each, or lists of images), as final_video_N.mp4, and the losses of metrics.jsonl, as
+    loss.png. `validation_prompt` is that of all videos, or a list with one for each; `settings` become a table."""
+    folder, widget, settings = Path(repo_folder or "."), [], settings or {}
+    base_model = base_model or "THUDM/CogVideoX-5b"
+    base_model = Path(base_model).name if Path(base_model).is_dir() else base_model  # where it lay is nobody's concern
+    prompts = [validation_prompt] if isinstance(validation_prompt, str) else validation_prompt or []
     for index, video in enumerate(videos if videos is not None else []):
         name = f"final_video_{index}.mp4"
         if isinstance(video, Path):
-            shutil.copyfile(video, Path(repo_folder) / name)
+            shutil.copyfile(video, folder / name)
         else:
-            export_to_video(list(video), str(Path(repo_folder) / name), fps=fps)
-        widget.append({"text": validation_prompt or " ", "output": {"url": name}})
-    data = ModelCardData(
-        base_model=base_model, library_name="diffusers", license="other",
-        tags=[KIND, "diffusers-training", "diffusers", "lora", "cogvideox", "template:sd-lora"],
-        widget=widget or None,
-    )
-    content = f"""---
-{data.to_yaml()}
----
+            export_to_video(list(video), str(folder / name), fps=fps)
+        widget.append({"text": prompts[min(index, len(prompts) - 1)] if prompts else "-", "output": {"url": name}})
+    shape = {name: settings[name] for name in ("height", "width") if name in settings}
+    if "max_num_frames" in settings:
+        shape["num_frames"] = frames_4k_plus_1(settings["max_num_frames"])
+    dtype = "float16" if settings.get("mixed_precision") == "fp16" else "bfloat16"
+    prompt = prompts[0] if prompts else f"{id_token or ''} your prompt".strip()
+    parts = [f"# {repo_id}", f"A LoRA for {KIND} with {base_model}."]
+    if id_token:
+        parts.append(f"Trigger word: `{id_token}`, at the beginning of the prompt.")
+    parts.append(f"```py\n{usage_example(repo_id, base_model, prompt, fps, dtype, shape)}\n```")
+    rows = [f"| {name.replace('_', ' ')} | {value} |" for name, value in settings.items() if value is not None]
+    if rows:
+        parts.append("\n".join(["## Training", "", "| | |", "|---|---|", *rows]))
+    if (folder / "metrics.jsonl").is_file():
+        draw_loss_curve([json.loads(line) for line in (folder / "metrics.jsonl").open()], folder / "loss.png")
+        parts.append("![The loss over the steps](loss.png)")
+    parts.append("The licence of the base model applies to these weights, too.")
+    metadata = card_metadata(base_model, widget, id_token).to_yaml()
+    ModelCard("\n\n".join([f"---\n{metadata}\n---", *parts]) + "\n").save(folder / "README.md")
 
-# {repo_id}
 
-LoRA weights for {KIND} with {base_model}.
-
-```py
-{usage_example(repo_id, base_model, validation_prompt or "your prompt", fps)}
-```
-
-The base model's licence applies to these weights too.
-"""
-    ModelCard(content).save(Path(repo_folder) / "README.md")
+def card_settings(args: argparse.Namespace, settings: dict, state: TrainingState) -> dict:
+    """What the card tells of the training."""
+    counted = {"clips": settings["num_clips"], "steps": state.step, "processes": settings["num_processes"]}
+    return counted | {"mixed_precision": settings["mixed_precision"]} | {n: getattr(args, n) for n in CARD_FLAGS}
 
 
 def check_hub_access(args: argparse.Namespace) -> str | None:
-    """The repository that --push_to_hub will upload to, made now if it does not exist. Raises RunError."""
+    """The repository that --push_to_hub will upload to, made now if it does not exist. Raises RunError where the
+    upload could not be made, or would make public what is to be private."""
     if not args.push_to_hub:
         return None
-    repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
+    api, repo_id = HfApi(token=args.hub_token), args.hub_model_id or Path(args.output_dir).resolve().name
     try:
-        return HfApi(token=args.hub_token).create_repo(repo_id, exist_ok=True).repo_id
-    except Exception as error:
-        raise RunError(f"--push_to_hub: {repo_id} cannot be written on the Hub: {error}") from error
+        user = api.whoami()["name"]
+        repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
+        api.create_repo(repo_id, private=args.hub_private_repo or None, exist_ok=True)
+        api.auth_check(repo_id, write=True)
+        is_private = api.model_info(repo_id).private
+    except Exception as error:  # no network, no token, no right: the Hub client says which
+        how = "`hf auth login`, or --hub_token with a token that may write there"
+        raise RunError(f"--push_to_hub: {repo_id} cannot be written on the Hub: {error}\n({how})") from error
+    if args.hub_private_repo and not is_private:
+        raise RunError(f"--hub_private_repo: {repo_id} exists and is public; its settings on the Hub can change that")
+    logger.info(f"Hub: {repo_id} ({'private' if is_private else 'public'}), written by {user} at the end")
+    return repo_id
 
 
-def upload(args: argparse.Namespace, repo_id: str) -> None:
-    """Send the LoRA, its card and its sample videos, and nothing else of the output dir. Raises RunError, code 4."""
-    files = [LORA_FILE, "README.md", "final_video_*.mp4"]
-    try:
-        HfApi(token=args.hub_token).upload_folder(repo_id=repo_id, folder_path=args.output_dir, allow_patterns=files)
-    except (Exception, Interrupted) as error:
-        includes = " ".join(f"--include '{name}'" for name in files)
-        raise RunError(
-            f"the upload to {repo_id} failed: {error}\nEverything is in {args.output_dir}; by hand: "
-            f"hf upload {repo_id} {args.output_dir} {includes}",
-            exit_code=128 + STOP.number if STOP.number else 4,
-        ) from error
+def upload(args: argparse.Namespace, repo_id: str, names: list[str]) -> None:
+    """Send these files of the output dir in one commit. Raises RunError, code 4, or 128 + n after a signal."""
+    failed = None
+    for wait in UPLOAD_WAITS:
+        try:
+            time.sleep(wait)
+            files = [CommitOperationAdd(name, Path(args.output_dir) / name) for name in names]
+            HfApi(token=args.hub_token).create_commit(repo_id, files, commit_message="LoRA, its card and samples")
+            logger.info(f"Uploaded {', '.join(names)} to {repo_id}")
+            return
+        except Interrupted as error:
+            failed = error
+            break
+        except Exception as error:
+            failed = error
+            logger.warning(f"The upload to {repo_id} failed: {error}")
+            if getattr(getattr(error, "response", None), "status_code", None) in (400, 401, 403, 404):
+                break  # and would fail again
+    includes = " ".join(f"--include {name}" for name in names)
+    raise RunError(
+        f"the upload to {repo_id} failed: {failed or 'it was interrupted'}\nEverything is in {args.output_dir}; by "
+        f"hand, after `hf auth login`: hf upload {repo_id} {shlex.quote(args.output_dir)} {includes}",
+        exit_code=128 + STOP.number if STOP.number else 4,
+    ) from failed
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
@@ -2197,10 +2346,15 @@ def stopped(args: argparse.Namespace, when: str) -> RunError:
 
 
 def set_up_logging() -> None:
-    level = logging.INFO if is_first_process() else logging.ERROR
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=level)
-    for name in ("httpx", "accelerate"):  # a line a request, a line a file
-        logging.getLogger(name).setLevel(logging.WARNING)
+    """One log, above the bars, of the first process and the others' errors; of libraries, what a user can act on."""
+    handler = LogHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING if is_first_process() else logging.ERROR)
+    logger.setLevel(logging.INFO if is_first_process() else logging.ERROR)
+    if not (is_first_process() and sys.stderr.isatty()):
+        for library in (diffusers.utils.logging, transformers.utils.logging):
+            library.disable_progress_bar()
+        disable_progress_bars()  # the Hub's
 
 
 def not_finite(args: argparse.Namespace, step: int, what: str) -> RunError:
@@ -2228,15 +2382,22 @@ def check_weights(args: argparse.Namespace, step: int, transformer: CogVideoXTra
         raise not_finite(args, step, "weights of the LoRA are not finite")
 
 
+def start_trackers(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Raises RunError, as for a tracker that nobody is logged in at."""
+    name = args.tracker_name or DEFAULT_OUTPUT_DIR
+    try:
+        accelerator.init_trackers(name, tracker_config(args), {"wandb": {"dir": accelerator.logging_dir}})
+    except Exception as error:  # each has its own
+        raise RunError(f"--report_to {args.report_to}: {type(error).__name__}: {error}") from error
+
+
 def start_logging(
     args: argparse.Namespace, accelerator: Accelerator, plan: TrainingPlan, step: int, num_clips: int,
     num_trainable: int,
 ) -> None:
-    """Open the metrics file, from `step` on, and the trackers; say what is going to be trained."""
+    """Open the metrics file, from `step` on; say what is going to be trained."""
     if accelerator.is_main_process:
         start_metrics(Path(args.output_dir) / "metrics.jsonl", step)
-        name = args.tracker_name or DEFAULT_OUTPUT_DIR
-        accelerator.init_trackers(name, tracker_config(args), {"wandb": {"dir": accelerator.logging_dir}})
     logger.info(f"Clips: {num_clips}, in batches of {plan.total_batch_size} a step, all processes together")
     logger.info(f"LoRA: {num_trainable:,} parameters of rank {args.rank}, applied at {args.lora_alpha / args.rank:g}")
     logger.info(f"Steps: {plan.max_train_steps}, {plan.steps_per_epoch} an epoch, {plan.num_epochs} epochs")
@@ -2252,11 +2413,9 @@ def train(
     base = accelerator.unwrap_model(transformer)
     dtype = DTYPES[accelerator.mixed_precision]
     metrics_file = Path(args.output_dir) / "metrics.jsonl"
+    style = bar_style(accelerator.is_main_process)
+    progress = tqdm(total=plan.max_train_steps, initial=state.step, desc="Training", unit="step", **style)
     loss_sum, num_micro_batches, started = 0.0, 0, time.perf_counter()
-    progress = tqdm(
-        total=plan.max_train_steps, initial=state.step, desc="Training", unit="step",
-        disable=not accelerator.is_main_process,
-    )
     transformer.train()
     last.keep(state)
     STOP.at_once = False  # from here on a signal waits for the step's end
@@ -2292,13 +2451,12 @@ def train(
             check_finite(args, state.step, mean_loss, norm, accelerator.optimizer_step_was_skipped)
             # As the originals logged it, the rate is the one that the schedule now stands at.
             metrics = {"loss": mean_loss, "lr": lr_scheduler.get_last_lr()[0], "grad_norm": norm}
+            metrics["seconds"] = round(time.perf_counter() - started, 4)
             if accelerator.is_main_process:
-                attempt("Logging to the trackers", accelerator.log, metrics, step=state.step)
-                row = {"step": state.step, **metrics, "seconds": round(time.perf_counter() - started, 4)}
-                attempt(f"Writing {metrics_file}", append_metrics, metrics_file, row)
+                attempt("Logging to the trackers", accelerator.log, tracker_scalars(metrics), step=state.step)
+                attempt(f"Writing {metrics_file}", append_metrics, metrics_file, {"step": state.step, **metrics})
+            progress.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{metrics['lr']:.2e}", refresh=False)
             progress.update()
-            progress.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{metrics['lr']:.2e}")
-            loss_sum, num_micro_batches, started = 0.0, 0, time.perf_counter()
 
             if state.step % args.checkpointing_steps == 0 or stop or state.step >= plan.max_train_steps:
                 check_weights(args, state.step, base)
@@ -2310,6 +2468,7 @@ def train(
                 break
             if args.validation_steps and state.step % args.validation_steps == 0:
                 validate(state)
+            loss_sum, num_micro_batches, started = 0.0, 0, time.perf_counter()
         else:
             state.epoch, state.batch = state.epoch + 1, 0
             if not args.validation_steps and state.epoch % args.validation_epochs == 0:
@@ -2329,24 +2488,33 @@ def save_result(output_dir: Path, transformer: CogVideoXTransformer3DModel, weig
 
 def finish(
     args: argparse.Namespace, accelerator: Accelerator, peers: Peers, transformer: CogVideoXTransformer3DModel,
-    validate: Callable[[], list[Path]], repo_id: str | None,
+    validate: Callable[[], dict[Path, str]], repo_id: str | None, card: dict,
 ) -> None:
-    """Save the LoRA, then sample it, write its card, and upload, in the order of what must not be lost."""
+    """Save the LoRA, then sample it, write its card, and upload, in the order of what must not be lost. `card`: what
+    the card tells of the training."""
     output_dir = Path(args.output_dir)
     peers.first(save_result, output_dir, transformer, lora_weights(transformer))
     videos = validate()
     peers.over.set()  # nobody waits for anybody any more
     if accelerator.is_main_process:
-        prompt = validation_prompts(args)[0] if args.validation_prompt else None
-        name = repo_id or output_dir.resolve().name
-        card = (name, videos, args.pretrained_model_name_or_path, prompt, args.output_dir, args.fps)
-        attempt("Writing the model card", save_model_card, *card)
+        about = (repo_id or output_dir.resolve().name, list(videos), args.pretrained_model_name_or_path)
+        about += (list(videos.values()) or validation_prompts(args), args.output_dir, args.fps, args.id_token, card)
+        attempt("Writing the model card", save_model_card, *about)
     attempt("Closing the trackers", accelerator.end_training)
     if STOP.number:
         raise stopped(args, "after the last step, with the LoRA saved")
     STOP.at_once = True
-    if repo_id is not None and accelerator.is_main_process:
-        upload(args, repo_id)
+    if not accelerator.is_main_process:
+        return
+    if repo_id is not None:
+        names = [LORA_FILE, "README.md", "loss.png", *(f"final_video_{index}.mp4" for index in range(len(videos)))]
+        upload(args, repo_id, [name for name in names if (output_dir / name).is_file()])
+    logger.info(f"Done. {output_dir} has the LoRA and its card, README.md; every loss is in metrics.jsonl")
+    logger.info(f"To use it: pipe.load_lora_weights({json.dumps(args.output_dir)}); README.md has the whole code")
+    how = "no checkpoint was written (--checkpointing_steps)"
+    for newest in list_checkpoints(output_dir)[-1:]:
+        how = f"the same command with --resume_from_checkpoint latest ({newest.name}) and more steps or epochs"
+    logger.info(f"To train on: {how}")
 
 
 def end_early(
@@ -2421,6 +2589,7 @@ def main(args: argparse.Namespace) -> None:
         logger.warning(f"--max_num_frames {args.max_num_frames} is not 4k+1: {frames} frames are used.")
 
     latents, prompt_files = precompute(args, accelerator, peers, dataset, transformer_config["max_text_seq_length"])
+    peers.first(start_trackers, args, accelerator)  # not earlier: their threads and forked decoders don't go together
     loader, sampler = get_dataloader(args, accelerator, latents, state.seed)
     plan = plan_training(args, len(sampler), accelerator.num_processes)
     check_lengths(transformer_config, sampler.shapes)  # I2V:
@@ -2450,7 +2619,8 @@ def main(args: argparse.Namespace) -> None:
         )
     except Exception as error:
         raise end_early(args, accelerator, prepared, last, settings, error) from None
-    finish(args, accelerator, peers, base, functools.partial(validate, state, is_final=True), repo_id)
+    card = card_settings(args, settings | {"num_clips": len(latents)}, state)
+    finish(args, accelerator, peers, base, functools.partial(validate, state, is_final=True), repo_id, card)
 
 
 def end_children() -> None:

@@ -25,10 +25,13 @@ os.environ |= {
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import huggingface_hub  # noqa: E402
 import pytest  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+from hub import Hub  # noqa: E402
+from huggingface_hub import constants  # noqa: E402
 from PIL import Image  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -180,6 +183,20 @@ def run(script, flags):
         return Path(args.output_dir)
 
     return train
+
+
+@pytest.fixture
+def hub(script, monkeypatch):
+    """A Hub of its own for this process, reached by Git LFS. It refuses what comes without its token."""
+    server = Hub()
+    for name, value in {"ENDPOINT": server.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(script, "UPLOAD_WAITS", (0, 0, 0))
+    monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda _: None)
+    huggingface_hub.utils.close_session()
+    yield server
+    server.close()
+    huggingface_hub.utils.close_session()
 
 
 def child_main(script, words: list[str], log: Path, environment: dict[str, str], prepare: Callable | None) -> None:

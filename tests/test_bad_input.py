@@ -1,5 +1,7 @@
 """A user's mistake ends in one clear message, exit code 2, no traceback, and nothing half-written."""
 
+import importlib.metadata
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -85,12 +87,29 @@ def test_unknown_flag(fail):
     assert "--lerning_rate" in fail(lerning_rate=1)
 
 
-def test_missing_package(fail, script, monkeypatch):
-    find_spec = script.importlib.util.find_spec
-    monkeypatch.setattr(
-        script.importlib.util, "find_spec", lambda name: None if name == "prodigyopt" else find_spec(name)
-    )
-    assert "--optimizer prodigy needs the package prodigyopt: pip install prodigyopt" in fail(optimizer="prodigy")
+NEEDED_BY = {
+    "bitsandbytes": ("--use_8bit_adam", {"use_8bit_adam": True}),
+    "prodigyopt": ("--optimizer prodigy", {"optimizer": "prodigy"}),
+    "datasets": ("--dataset_name", {"dataset_name": "clips.csv"}),
+    "tensorboard": ("--report_to tensorboard", {"report_to": "tensorboard"}),
+    "wandb": ("--report_to wandb", {"report_to": "wandb"}),
+    "comet_ml": ("--report_to comet_ml", {"report_to": "comet_ml"}),
+    "deepspeed": ("accelerate's configuration", {}),
+}
+
+
+@pytest.mark.parametrize("there", ["not installed", "0.1"])
+@pytest.mark.parametrize("package", NEEDED_BY)
+def test_package_missing_or_too_old(fail, script, monkeypatch, package, there):
+    flag, changes = NEEDED_BY[package]
+    find_spec, version = importlib.util.find_spec, importlib.metadata.version
+    if there == "not installed":
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1" if name == package else version(name))
+    if package == "deepspeed":
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    wanted = f"{package}>={script.OPTIONAL[package]}"
+    assert f"{flag} needs {wanted}, which is {there}: pip install '{wanted}'\n" in fail(**changes)
 
 
 def test_no_such_root(fail, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SCRIPTS
+from hub import TOKEN
 
 ORIGINALS = list(csv.DictReader((Path(__file__).parent / "original_flags.csv").open()))
 REQUIRED = ["--pretrained_model_name_or_path", "m"]
@@ -64,6 +65,7 @@ def test_original_flag_has_its_type_and_default(script, row):
 
 def test_new_flags_are_those_agreed_on(script):
     new = {"--precompute_dir", "--skip_bad_videos", "--frame_sampling", "--validation_steps", "--num_inference_steps"}
+    new |= {"--hub_private_repo"}
     known = {row["flag"] for row in ORIGINALS} | new | {"-h", "--help"}
     assert set(parser_actions(script)) <= known
 
@@ -77,24 +79,13 @@ class Recorder(argparse.Namespace):
         return object.__getattribute__(self, name)
 
 
-def test_every_declared_flag_is_read(script, flags, clips, monkeypatch):
+def test_every_declared_flag_is_read(script, flags, clips, hub, monkeypatch):
     """Read by the stages themselves: what check_args reads does not count."""
     (clips / "videos" / "03.mp4").write_text("no video")
     check_args = script.check_args
     monkeypatch.setattr(script, "check_args", lambda args: check_args(argparse.Namespace(**vars(args))))
     monkeypatch.setattr(script, "tracker_config", lambda _: {})
 
-    class Hub:
-        def __init__(self, token):
-            assert token == "hf_x"
-
-        def create_repo(self, repo_id, **_):
-            return argparse.Namespace(repo_id=repo_id)
-
-        def upload_folder(self, **kwargs):
-            pass
-
-    monkeypatch.setattr(script, "HfApi", Hub)
     changes = {
         "instance_data_root": clips,
         "precompute_dir": None,
@@ -104,7 +95,7 @@ def test_every_declared_flag_is_read(script, flags, clips, monkeypatch):
         "validation_prompt": "a red square",
         "num_inference_steps": 2,
         "push_to_hub": True,
-        "hub_token": "hf_x",
+        "hub_token": TOKEN,
         "max_train_steps": None,
         "num_train_epochs": 2,
         "checkpointing_steps": 1,
@@ -114,7 +105,7 @@ def test_every_declared_flag_is_read(script, flags, clips, monkeypatch):
     recorder = Recorder(**vars(args))
     script.main(recorder)
     unread = set(vars(args)) - recorder._read
-    assert not unread
+    assert not unread and hub.repositories["me/output"].commits
 
 
 def original_command(kind, model, clips, output) -> list[str]:

@@ -252,6 +252,22 @@ def test_requirements_are_what_the_script_imports(script):
     assert all(re.search(r">=[\d.]+$", line) for line in lines if line and not line.startswith("#"))
 
 
+def test_a_script_tells_uv_its_requirements(script):
+    """PEP 723: the same lines as requirements.txt."""
+    source = (ROOT / f"{script.__name__}.py").read_text()
+    (block,) = re.findall(r"^# /// script\n((?:#.*\n)+?)# ///$", source, re.M)  # the pattern of the PEP, in short
+    lines = [line[2:] for line in block.splitlines()]
+    assert lines[0] == 'requires-python = ">=3.10"' and lines[0] in (ROOT / "pyproject.toml").read_text()
+    dependencies = ast.literal_eval("\n".join(lines[1:]).removeprefix("dependencies = "))
+    required = (ROOT / "requirements.txt").read_text().splitlines()
+    assert dependencies == [line for line in required if line and not line.startswith("#")]
+
+
+def test_optional_packages_are_asked_for_in_one_version(script):
+    lines = (ROOT / "requirements.txt").read_text() + (ROOT / "requirements-dev.txt").read_text()
+    assert dict(re.findall(r"^(\w+)>=([\d.]+)$", lines, re.M)).items() >= script.OPTIONAL.items()
+
+
 def test_show_run(run):
     output = run(max_train_steps=6, validation_prompt="a red square", num_inference_steps=1, checkpointing_steps=3)
     done = subprocess.run(

@@ -1,14 +1,18 @@
 """The names that code written against the originals imports: the encoders' helpers, the card, the upload."""
 
-import argparse
-import ast
-import fnmatch
+import os
 import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, SHARED
 from diffusers import DiffusionPipeline
+from hub import TOKEN, Repository
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -64,57 +68,185 @@ def test_deepspeed_gets_a_placeholder(script, flags):
 
 @pytest.mark.parametrize("form", ["arrays", "images", "none"])
 def test_model_card(script, kind, tmp_path, form):
+    """As code written against the originals calls it."""
     frames = np.random.default_rng(0).random((5, 64, 96, 3))
     images = [Image.fromarray((frame * 255).astype(np.uint8)) for frame in frames]
     videos = {"arrays": [frames, frames], "images": [images], "none": None}[form]
-    prompt = 'a "red" square'
+    prompt = 'a "red" square, 赤'
     script.save_model_card("me/lora", videos, "THUDM/CogVideoX-2b", prompt, str(tmp_path), fps=12)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == "THUDM/CogVideoX-2b"
-    shown = [entry["output"]["url"] for entry in (card.data.to_dict().get("widget") or [])]
-    assert shown == [f"final_video_{index}.mp4" for index in range(len(videos or []))]
-    assert all((tmp_path / name).stat().st_size > 0 for name in shown)
+    widget = card.data.to_dict().get("widget") or []
+    assert [entry["output"]["url"] for entry in widget] == [f"final_video_{i}.mp4" for i in range(len(videos or []))]
+    assert all(entry["text"] == prompt and (tmp_path / entry["output"]["url"]).stat().st_size for entry in widget)
     (code,) = re.findall(r"```py\n(.*?)```", card.text, flags=re.DOTALL)
-    ast.parse(code)
-    assert ({"t2v": "text-to-video", "i2v": "image-to-video"}[kind]) in card.data.tags
+    compile(code, "card", "exec")
+    assert ({"t2v": "text-to-video", "i2v": "image-to-video"}[kind]) == card.data.pipeline_tag
     assert {"t2v": "CogVideoXPipeline", "i2v": "CogVideoXImageToVideoPipeline"}[kind] + ".from_pretrained" in code
-    assert "load_lora_weights" in code and "set_adapters" not in card.text and prompt.replace('"', '\\"') in code
+    assert "load_lora_weights" in code and "set_adapters" not in card.text and 'a \\"red\\" square, 赤' in code
 
 
-class Hub:
-    """Stands in for huggingface_hub's HfApi, and fails on demand."""
-
-    uploads, fail = [], False
-
-    def __init__(self, token):
-        self.token = token
-
-    def create_repo(self, repo_id, exist_ok):
-        assert exist_ok and self.token == "hf_t"
-        return argparse.Namespace(repo_id=f"me/{repo_id}")
-
-    def upload_folder(self, **kwargs):
-        assert self.token == "hf_t"
-        if Hub.fail:
-            raise ConnectionError("the Hub is down")
-        Hub.uploads.append(kwargs)
+COGVIDEOX = {"license": "other", "license_name": "cogvideox"}
+COGVIDEOX["license_link"] = "https://huggingface.co/THUDM/CogVideoX-5b/blob/main/LICENSE"
+BASES = {
+    "THUDM/CogVideoX-2b": ("THUDM/CogVideoX-2b", {"license": "apache-2.0"}),
+    "zai-org/CogVideoX-5b": ("zai-org/CogVideoX-5b", COGVIDEOX),
+    "THUDM/CogVideoX-5b-I2V": ("THUDM/CogVideoX-5b-I2V", COGVIDEOX),
+    "someone/anything": ("someone/anything", {"license": "other"}),
+    "models/CogVideoX-2b": ("CogVideoX-2b", {"license": "apache-2.0"}),  # a local folder
+    "my models/the best one!": (None, {"license": "other"}),  # and one that can be no name on the Hub
+}
 
 
-def test_upload_is_the_lora_its_card_and_videos(script, run, monkeypatch):
-    monkeypatch.setattr(script, "HfApi", Hub)
-    ask = {"validation_prompt": "a red square", "num_inference_steps": 1, "report_to": "tensorboard"}
-    output = run(push_to_hub=True, hub_token="hf_t", hub_model_id="style", checkpointing_steps=1, **ask)
-    upload = Hub.uploads.pop()
-    assert upload["repo_id"] == "me/style" and upload["folder_path"] == str(output)
-    files = [str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()]
-    sent = {file for file in files for pattern in upload["allow_patterns"] if fnmatch.fnmatch(file, pattern)}
-    assert sent == {"README.md", script.LORA_FILE, "final_video_0.mp4"}
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize("base_model", BASES)
+def test_base_model_and_licence(script, tmp_path, base_model):
+    for local in ("models/CogVideoX-2b", "my models/the best one!"):
+        (tmp_path / local).mkdir(parents=True)
+    script.save_model_card("me/lora", base_model=base_model, repo_folder=str(tmp_path), id_token="TOK")
+    card = ModelCard.load(tmp_path / "README.md")
+    name, licence = BASES[base_model]
+    said = {key: value for key, value in card.data.to_dict().items() if key.startswith("license")}
+    assert (card.data.to_dict().get("base_model"), said) == (name, licence)
+    assert card.data.instance_prompt == "TOK" and "`TOK`" in card.text
+    assert str(tmp_path) not in card.content and "my models" not in card.content
+    card.validate()  # which asks the Hub
 
 
-def test_failed_upload_keeps_everything_and_says_what_to_do(script, run, monkeypatch, tmp_path):
-    monkeypatch.setattr(script, "HfApi", Hub)
-    monkeypatch.setattr(Hub, "fail", True)
+@pytest.mark.usefixtures("hub")
+def test_card_of_a_run_works(run, kind, models, monkeypatch):
+    """Its widget, table, picture, and its code, with the tiny model's folder in place of the name of the real one."""
+    videos = {"validation_prompt": "TOK red:::TOK blue", "num_inference_steps": 1, "num_validation_videos": 2}
+    output = run(**videos, id_token="TOK", rank=3, max_train_steps=5, max_num_frames=8, skip_bad_videos=True)
+    card = ModelCard.load(output / "README.md")
+    card.validate()
+    shown = [(entry["text"], entry["output"]["url"]) for entry in card.data.to_dict()["widget"]]
+    prompts = ["TOK red", "TOK red", "TOK blue", "TOK blue"]
+    assert shown == [(prompt, f"final_video_{index}.mp4") for index, prompt in enumerate(prompts)]
+    sampled = sorted((output / "validation").iterdir())
+    assert [(output / url).read_bytes() for _, url in shown] == [video.read_bytes() for video in sampled]
+    for row in ("rank | 3", "steps | 5", "clips | 4", "learning rate | 0.001", "max num frames | 8"):
+        assert f"\n| {row} |\n" in card.text, row
+    (picture,) = re.findall(r"!\[.*?\]\((.*?)\)", card.text)
+    picture = np.asarray(Image.open(output / picture))
+    blue = (picture == (0x1F, 0x77, 0xB4)).all(axis=2).any(axis=0).nonzero()[0]
+    assert blue.min() < 75 and blue.max() > 775  # the curve goes from end to end
+    (code,) = re.findall(r"```py\n(.*?)```", card.text, flags=re.DOTALL)
+    name = models[kind].name
+    assert f'from_pretrained("{name}"' in code and "num_frames=5)" in code and "set_adapters" not in card.text
+    monkeypatch.chdir(output.parent)
+    Image.new("RGB", (96, 64)).save("first_frame.png")
+    code = code.replace(f'"{name}"', repr(str(models[kind]))).replace("=5)", "=5, num_inference_steps=1)")
+    exec(compile(code, "card", "exec"), {})
+    assert Path("video.mp4").stat().st_size > 0
+
+
+PUSH = {"push_to_hub": True, "hub_token": TOKEN, "hub_model_id": "style"}
+SHOW = {"validation_prompt": "a red square", "num_inference_steps": 1}
+
+
+def check_what_arrived(repository, output, names):
+    assert repository.files.keys() == set(names) and repository.commits == [sorted(names)]
+    for name in names:
+        assert repository.files[name] == (output / name).read_bytes(), name
+
+
+UPLOADED = ["README.md", "final_video_0.mp4", "final_video_1.mp4", "loss.png", "pytorch_lora_weights.safetensors"]
+
+
+def test_upload_is_one_commit_of_the_lora_and_what_shows_it(run, hub, tmp_path):
+    """And nothing else of an output folder that holds more, not even a video of an earlier run."""
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "final_video_7.mp4").write_bytes(b"earlier")
+    tracker = {"report_to": "tensorboard", "checkpointing_steps": 1}
+    output = run(**PUSH, **SHOW | {"validation_prompt": "a red square:::a blue square"}, **tracker)
+    check_what_arrived(hub.repositories["me/style"], output, UPLOADED)
+    assert not hub.repositories["me/style"].private
+
+
+def test_private_repository_is_made_private(run, hub):
+    run(**PUSH, hub_private_repo=True)
+    assert hub.repositories["me/style"].private and hub.repositories["me/style"].commits
+
+
+def test_repository_is_named_after_the_output_folder(run, hub):
+    run(**PUSH | {"hub_model_id": None})
+    assert set(hub.repositories) == {"me/output"}
+
+
+def test_existing_repository_is_committed_to(run, hub):
+    hub.repositories["me/style"] = Repository()
+    run(**PUSH)
+    assert len(hub.repositories["me/style"].commits) == 1
+
+
+REFUSED = {
+    "no such user": ({"hub_token": "hf_wrong"}, "Invalid user token"),
+    "namespace of others": ({"hub_model_id": "others/style"}, "403"),
+    "may read only": ({"hub_model_id": "team/style"}, "403"),
+    "public": ({"hub_model_id": "me/public", "hub_private_repo": True}, "--hub_private_repo: me/public exists and is"),
+    "no such name": ({"hub_model_id": "a//b"}, "a//b"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_access_is_checked_before_anything_is_encoded(script, run, hub, clips, case):
+    changes, why = REFUSED[case]
+    hub.repositories |= {"team/style": Repository(writers=("them",)), "me/public": Repository()}
+    with pytest.raises(script.RunError, match=re.escape(why)) as error:
+        run(**PUSH | changes, instance_data_root=clips, precompute_dir=None)
+    assert error.value.exit_code == 2 and not (clips / ".cogvideox_precomputed").exists()
+    assert not (clips.parent / "output").exists()
+
+
+COMMIT, UPLOAD = "POST .*/commit/", "PUT /lfs/"
+FAULTS = {
+    "500 at the commit": [(COMMIT, 500)],
+    "409 at the commit": [(COMMIT, 409)],
+    "twice without a connection": [(COMMIT, "drop"), (COMMIT, "drop")],
+    "half of the LoRA": [(UPLOAD, "drop")] * 2,
+    "an answer is lost": [(COMMIT, "lose")],
+    "500 at the storage": [(UPLOAD, 500)],
+}
+
+
+@pytest.mark.parametrize("faults", FAULTS.values(), ids=FAULTS)
+def test_failed_upload_is_tried_again(run, hub, faults):
+    hub.faults += faults
+    output = run(**PUSH)
+    assert hub.faults == []
+    check_what_arrived(hub.repositories["me/style"], output, ["README.md", "loss.png", UPLOADED[-1]])
+
+
+@SHARED
+def test_what_the_hub_refuses_is_not_sent_again(script, run, hub):
+    hub.faults += [(COMMIT, 403)] * 3
     with pytest.raises(script.RunError) as error:
-        run(push_to_hub=True, hub_token="hf_t")
-    assert error.value.exit_code == 4 and "hf upload me/output" in str(error.value)
-    assert (tmp_path / "output" / script.LORA_FILE).is_file()
+        run(**PUSH)
+    assert error.value.exit_code == 4 and len(hub.faults) == 2
+
+
+def test_upload_by_hand_is_as_the_message_says(script, run, hub, tmp_path):
+    hub.faults += [(COMMIT, 500)] * 3
+    with pytest.raises(script.RunError) as error:
+        run(**PUSH, **SHOW, output_dir=tmp_path / "my output")
+    assert error.value.exit_code == 4 and not hub.repositories["me/style"].commits
+    output = tmp_path / "my output"
+    assert all((output / name).is_file() for name in UPLOADED if "_1" not in name)
+    command = re.search(r"by hand, after `hf auth login`: (hf upload .*)", str(error.value))[1]
+    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    words = [str(Path(sys.executable).with_name("hf")), *shlex.split(command)[1:]]
+    subprocess.run(words, check=True, env=os.environ | environment | {"HF_HOME": str(tmp_path)})
+    check_what_arrived(hub.repositories["me/style"], output, [name for name in UPLOADED if "_1" not in name])
+
+
+@SHARED
+def test_a_run_from_the_command_line_publishes(script, flags, hub, tmp_path):
+    """The Hub as HF_ENDPOINT names it, through Xet, which is how huggingface_hub uploads where it can."""
+    command = [sys.executable, str(ROOT / f"{script.__name__}.py"), *flags(**PUSH, **SHOW)]
+    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    names = [name for name in UPLOADED if "_1" not in name]
+    check_what_arrived(hub.repositories["me/style"], tmp_path / "output", names)
+    assert hub.chunks and TOKEN not in done.stdout + done.stderr

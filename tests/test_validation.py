@@ -1,5 +1,8 @@
 """Validation writes videos as asked, and sends them to trackers; the token goes nowhere."""
 
+import json
+import zipfile
+
 import decord
 import pytest
 import torch
@@ -94,29 +97,93 @@ def files_with(folder, text: str) -> list[str]:
     return [str(path) for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
 
 
-@pytest.mark.parametrize("tracker", [None, "tensorboard", "wandb", "all"])
+NAMES = {"train/loss", "train/lr", "train/grad_norm", "train/step_time", "loss", "lr"}
+TAGS = [f"validation/prompt-{prompt}_video-0" for prompt in (0, 1)]
+
+
+def check_tensorboard(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), {"images": 0, "scalars": 0}).Reload()
+    scalars = {name: [event.step for event in events.Scalars(name)] for name in NAMES}
+    assert scalars == dict.fromkeys(NAMES, [1, 2]) and NAMES == set(events.Tags()["scalars"])
+    assert [event.value for event in events.Scalars("loss")] == [event.value for event in events.Scalars("train/loss")]
+    for tag in TAGS:  # the first and the last validation under one name, for its slider
+        images = events.Images(tag)
+        assert [image.step for image in images] == [1, 2]
+        assert all((gif.width, gif.height, gif.encoded_image_string[:6]) == (96, 64, b"GIF89a") for gif in images)
+
+
+def wandb_history(file) -> list[dict]:
+    """What a run's file says of each step. Its records are those of a LevelDB log: blocks of 32 KiB, in which each
+    piece of a record has 7 bytes before it: checksum, length, and whether it is the last piece (1, 4) or not."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, position, content, rows = file.read_bytes(), 7, b"", []
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        length, last = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6] in (1, 4)
+        content += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if last:
+            record, content = Record.FromString(content), b""
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+    return rows
+
+
+def check_wandb(folder, output):
+    (run,) = folder.glob("offline-run-*")
+    rows = wandb_history(next(run.glob("run-*.wandb")))
+    assert [row["_step"] for row in rows] == [1, 2] and all(NAMES <= row.keys() for row in rows)
+    for row, phase in zip(rows, ("validation", "test"), strict=True):
+        for index, tag in enumerate(TAGS):
+            ours = output / "validation" / f"{phase}_step-{row['_step']:06}_prompt-{index}_video-0.mp4"
+            assert (run / "files" / row[f"{tag}/path"]).read_bytes() == ours.read_bytes()
+            assert row[f"{tag}/caption"] == ASK["validation_prompt"].split(":::")[index]
+
+
+def check_comet(archive, output):
+    """Its offline archive: a message a line, and the videos."""
+    archive.extractall(output / "comet")
+    text = (output / "comet" / "messages.json").read_text()
+    assert all(json.dumps(name) in text for name in NAMES | set(TAGS))
+    videos = {file.read_bytes() for file in (output / "validation").iterdir()}
+    assert videos <= {file.read_bytes() for file in (output / "comet").iterdir()}
+
+
+@pytest.mark.parametrize("tracker", [None, "tensorboard", "wandb", "comet_ml", "all"])
 def test_trackers_get_scalars_and_videos_and_never_the_token(script, flags, monkeypatch, capfd, tmp_path, tracker):
     words = flags(**ASK, report_to=tracker, hub_token=TOKEN, tracker_name="my-project", validation_steps=1)
     monkeypatch.setattr("sys.argv", [f"{script.__name__}.py", *words])
+    monkeypatch.setenv("COMET_START_ONLINE", "0")
+    monkeypatch.setenv("COMET_OFFLINE_DIRECTORY", str(tmp_path / "comet"))
     script.main(script.get_args())
     output = tmp_path / "output"
 
+    assert len(list((output / "validation").iterdir())) == 4
+    if tracker in ("tensorboard", "all"):
+        check_tensorboard(output / "logs" / "my-project")
+    if tracker in ("wandb", "all"):
+        check_wandb(output / "logs" / "wandb", output)
+    if tracker in ("comet_ml", "all"):
+        (archive,) = (tmp_path / "comet").glob("*.zip")
+        check_comet(zipfile.ZipFile(archive), output)
     said = capfd.readouterr()
     assert TOKEN not in said.out + said.err
     assert files_with(tmp_path, TOKEN) == []
-    assert len(list((output / "validation").iterdir())) == 4
-    if tracker in ("tensorboard", "all"):
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        events = EventAccumulator(str(output / "logs" / "my-project"), {"images": 0, "scalars": 0}).Reload()
-        assert [event.step for event in events.Scalars("loss")] == [1, 2]
-        assert {"loss", "lr", "grad_norm"} <= set(events.Tags()["scalars"])
-        gif = events.Images("validation/validation_step-000001_prompt-0_video-0")[0]
-        assert (gif.width, gif.height, gif.encoded_image_string[:6]) == (96, 64, b"GIF89a")
-    if tracker in ("wandb", "all"):
-        runs = list((output / "logs" / "wandb").glob("offline-run-*"))
-        assert len(runs) == 1 and list(runs[0].glob("run-*.wandb"))
-        assert len(list(runs[0].glob("files/media/videos/*.mp4"))) == 4
+
+@SHARED
+def test_tracker_without_login_ends_the_run_before_training(script, run, monkeypatch, tmp_path):
+    monkeypatch.setenv("COMET_CONFIG", str(tmp_path / "none"))
+    with pytest.raises(script.RunError, match="--report_to comet_ml: ValueError: .*API key") as error:
+        run(report_to="comet_ml")
+    assert error.value.exit_code == 2
 
 
 def test_settings_for_trackers_have_no_token(script):
