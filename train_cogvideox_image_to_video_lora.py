@@ -88,7 +88,6 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
-    DummyScheduler,
     InitProcessGroupKwargs,
     ProjectConfiguration,
     compare_versions,
@@ -1694,6 +1693,8 @@ def prepare(
     two, it is that one; the flags' are for what is not defined."""
     plugin = accelerator.state.deepspeed_plugin
     defined = plugin.deepspeed_config if plugin is not None else {}
+    if defined:
+        from accelerate.utils.deepspeed import DummyScheduler
     groups = [{"params": trainable, "lr": plan.learning_rate}]
     optimizer = get_optimizer(args, groups, use_deepspeed="optimizer" in defined)
     if "scheduler" in defined:

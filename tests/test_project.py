@@ -1,7 +1,7 @@
 """What the README says is so: its commands parse, its snippet runs, its scripts launch, its requirements are right."""
 
 import ast
-import importlib
+import importlib.util
 import os
 import re
 import shlex
@@ -266,6 +266,20 @@ def test_a_script_tells_uv_its_requirements(script):
 def test_optional_packages_are_asked_for_in_one_version(script):
     lines = (ROOT / "requirements.txt").read_text() + (ROOT / "requirements-dev.txt").read_text()
     assert dict(re.findall(r"^(\w+)>=([\d.]+)$", lines, re.M)).items() >= script.OPTIONAL.items()
+
+
+def test_scripts_run_without_the_packages_that_single_flags_need(script, flags, tmp_path):
+    """As after `pip install` of the others alone."""
+    packages = Path(importlib.util.find_spec("torch").origin).parent.parent
+    (tmp_path / "packages").mkdir()
+    for path in packages.iterdir():
+        if path.name.split("-")[0].lower() not in script.OPTIONAL:
+            (tmp_path / "packages" / path.name).symlink_to(path)
+    done = subprocess.run(
+        [sys.executable, "-S", str(ROOT / f"{script.__name__}.py"), *flags(max_train_steps=1)],
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "packages")}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "INFO Done." in done.stderr, done.stderr[-3000:]
 
 
 def test_show_run(run):
