@@ -16,6 +16,7 @@ IMAGES=${IMAGES:-}                             # a start image for each of them,
 
 here=$(cd "$(dirname "$0")/.." && pwd)
 CONFIG=${CONFIG:-$here/accelerate_configs/single_gpu.yaml}
+LAUNCH=${LAUNCH:-}                             # more flags for accelerate launch
 
 validation=()
 if [ -n "$PROMPTS" ]; then
@@ -23,7 +24,9 @@ if [ -n "$PROMPTS" ]; then
                 --num_validation_videos 1 --validation_epochs 10)
 fi
 
-exec accelerate launch --quiet --config_file "$CONFIG" "$here/train_cogvideox_image_to_video_lora.py" \
+# shellcheck disable=SC2086
+exec accelerate launch --quiet --config_file "$CONFIG" $LAUNCH --mixed_precision "$MIXED_PRECISION" \
+    "$here/train_cogvideox_image_to_video_lora.py" \
     --gradient_checkpointing \
     --pretrained_model_name_or_path "$MODEL" \
     --cache_dir "$CACHE" \
@@ -46,7 +49,6 @@ exec accelerate launch --quiet --config_file "$CONFIG" "$here/train_cogvideox_im
     --gradient_accumulation_steps 1 \
     --learning_rate 1e-3 \
     --lr_scheduler cosine_with_restarts --lr_warmup_steps 200 --lr_num_cycles 1 \
-    --noised_image_dropout 0.05 \
     --optimizer AdamW --adam_beta1 0.9 --adam_beta2 0.95 --max_grad_norm 1.0 \
     --allow_tf32 \
     "$@"

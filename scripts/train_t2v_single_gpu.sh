@@ -15,6 +15,7 @@ PROMPTS=${PROMPTS:-}                           # validation prompts, joined by :
 
 here=$(cd "$(dirname "$0")/.." && pwd)
 CONFIG=${CONFIG:-$here/accelerate_configs/single_gpu.yaml}
+LAUNCH=${LAUNCH:-}                             # more flags for accelerate launch
 
 validation=()
 if [ -n "$PROMPTS" ]; then
@@ -22,7 +23,9 @@ if [ -n "$PROMPTS" ]; then
                 --validation_epochs 10)
 fi
 
-exec accelerate launch --quiet --config_file "$CONFIG" "$here/train_cogvideox_lora.py" \
+# shellcheck disable=SC2086
+exec accelerate launch --quiet --config_file "$CONFIG" $LAUNCH --mixed_precision "$MIXED_PRECISION" \
+    "$here/train_cogvideox_lora.py" \
     --gradient_checkpointing \
     --pretrained_model_name_or_path "$MODEL" \
     --cache_dir "$CACHE" \
