@@ -848,12 +848,11 @@ class Peers:
                 self.store.set(keys[self.index], pickle.dumps(value))
                 self.wait_for(keys)
                 values = [pickle.loads(self.store.get(key)) for key in keys]
-                self.store.add(f"read/{self.meetings}", 1)
+                read = f"read/{self.meetings}"
+                self.store.add(read, 1)
                 deadline = time.monotonic() + min(10, self.patience)
                 # The store may live in the first process, which must not end before all have read.
-                while self.index == 0 and self.store.add(f"read/{self.meetings}", 0) < self.count:
-                    if time.monotonic() > deadline:
-                        break
+                while self.index == 0 and time.monotonic() < deadline and self.store.add(read, 0) < self.count:
                     time.sleep(0.01)
         except DistError as error:
             raise gone("the first process, or the launcher beside it, is gone", error) from error
@@ -1270,18 +1269,16 @@ def precompute_videos(
         share = {index: paths[index] for index in peers.share(new)}
         for found in peers.do(encode_videos, args, accelerator.device, peers, dataset, share, dtype):
             bad |= found
-    without = {paths[index] for index in bad}  # a clip that is listed twice was tried once
-    kept = [None if files in without else files for files in paths]
-    if new:
-        written = [path for files in kept if files for path in files]
-        peers.do(wait_for_files, "--precompute_dir", written)
+        without = {paths[index] for index in bad}  # a clip that is listed twice was tried once
+        paths = [None if files in without else files for files in paths]
+        peers.do(wait_for_files, "--precompute_dir", [path for files in paths if files for path in files])
     if not bad:
-        return kept
-    said = f"{kept.count(None)} of {len(paths)} videos cannot be decoded"
-    if not args.skip_bad_videos or not any(kept):
+        return paths
+    said = f"{paths.count(None)} of {len(paths)} videos cannot be decoded"
+    if not args.skip_bad_videos or not any(paths):
         raise RunError(f"{said}:\n{listing(sorted(bad.values()), limit=200)}")
     logger.warning(f"{said} and are left out:\n{listing(sorted(bad.values()), limit=200)}")
-    return kept
+    return paths
 
 
 def encode_videos(

@@ -119,6 +119,12 @@ def clips(shared_clips, tmp_path) -> Path:
     return Path(shutil.copytree(shared_clips, tmp_path / "clips"))
 
 
+def reset_accelerate() -> None:
+    """Its singletons as in a new process."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
 @pytest.fixture(autouse=True)
 def fresh_process_state(tmp_path, monkeypatch):
     """What a new process would start with: accelerate's singletons, a working folder, Python's signal handlers."""
@@ -127,8 +133,7 @@ def fresh_process_state(tmp_path, monkeypatch):
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    reset_accelerate()
 
 
 @pytest.fixture
@@ -176,8 +181,7 @@ def run(script, flags):
     """Train in this process; returns the output folder."""
 
     def train(**changes) -> Path:
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
+        reset_accelerate()
         args = script.get_args(flags(**changes))
         script.main(args)
         return Path(args.output_dir)
@@ -209,8 +213,7 @@ def child_main(script, words: list[str], log: Path, environment: dict[str, str],
     logging.root.handlers.clear()  # pytest's
     tqdm.set_lock(threading.RLock())  # its own: killed with the inherited one, it would hang all of pytest
     torch.set_num_threads(1)  # the threads of the process that this one was forked from are not here
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    reset_accelerate()
     sys.argv = [f"{script.__name__}.py", *words]
     if prepare is not None:
         prepare(script)

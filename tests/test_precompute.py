@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from conftest import SHARED
+from conftest import SHARED, reset_accelerate
 from safetensors.torch import load_file
 from transformers import T5EncoderModel
 
@@ -178,11 +178,8 @@ def test_encoders_and_transformer_are_never_loaded_together(script, run, clips, 
 
 def test_the_scripts_may_share_a_folder(t2v, i2v, models, clips, tmp_path):
     """Even where their models have one VAE: what they need of a clip is not the same."""
-    from accelerate.state import AcceleratorState, GradientState
-
     for script, kind in ((t2v, "t2v"), (i2v, "i2v"), (t2v, "t2v")):
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
+        reset_accelerate()
         folder = tmp_path / kind
         if not folder.exists():
             shutil.copytree(models[kind], folder)

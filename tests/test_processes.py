@@ -198,6 +198,11 @@ def test_the_rate_ends_at_the_last_step_and_each_clip_comes_once_an_epoch(
 # ---- shares of what is encoded and sampled -------------------------------------------------------------------------
 
 
+def draw_bars(module) -> None:
+    """As on a terminal."""
+    module.bar_style = lambda shown: {"disable": not shown}
+
+
 def note_what_is_encoded(module) -> None:
     encode_video, encode_prompt = module.encode_video, module.encode_prompt
 
@@ -210,6 +215,7 @@ def note_what_is_encoded(module) -> None:
         return encode_prompt(tokenizer, text_encoder, prompt, *rest)
 
     module.encode_video, module.encode_prompt = noting_video, noting_prompt
+    draw_bars(module)
 
 
 @pytest.mark.parametrize("count", [1, 5])
@@ -236,6 +242,7 @@ def test_each_item_is_encoded_once_in_all(launch, tmp_path, count):
 def slow_second(module, what: str) -> None:
     """Process 1 takes its time, the first time that it does `what`, a function of the script."""
     original, slept = getattr(module, what), []
+    draw_bars(module)
 
     def slow(*arguments, **keywords):
         if os.environ["RANK"] == "1" and not slept:
@@ -293,7 +300,7 @@ def test_validation_is_shared_out_and_comes_out_whole(run, launch, tmp_path):
         assert (output / f"final_video_{index}.mp4").read_bytes() == alone[file]
     (events,) = output.glob("logs/*/events*")
     shown = EventAccumulator(str(events)).Reload().Tags()["images"]
-    assert sorted(shown) == sorted(f"test/{name[:-4]}" for name in alone)
+    assert sorted(shown) == sorted(f"validation/{name.split('_', 2)[2][:-4]}" for name in alone)
 
 
 @SHARED

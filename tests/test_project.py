@@ -5,7 +5,6 @@ import importlib.util
 import os
 import re
 import shlex
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -128,12 +127,18 @@ LAUNCHERS = [
 ]
 
 
+SAY = 'printf "%s\\n" accelerate "$@"'
+
+
+def stand_in(folder: Path, name: str, says: str) -> None:
+    (folder / name).write_text(f"#!/usr/bin/env bash\n{says}\n")
+    (folder / name).chmod(0o755)
+
+
 @pytest.mark.parametrize(("launcher", "settings"), LAUNCHERS)
 def test_shell_scripts_launch(launcher, settings, tmp_path):
     """With an accelerate that only says what it was given."""
-    fake = tmp_path / "accelerate"
-    fake.write_text('#!/usr/bin/env bash\nprintf "%s\\n" accelerate "$@"\n')
-    fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
+    stand_in(tmp_path, "accelerate", SAY)
     path = f"{tmp_path}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", str(ROOT / launcher), "--seed", "7"], capture_output=True, text=True,
@@ -170,14 +175,9 @@ def test_shell_script_asks_for_data(launcher):
     assert "set -euo pipefail" in launcher.read_text() and os.access(launcher, os.X_OK)
 
 
-def stand_in(folder: Path, name: str, says: str) -> None:
-    (folder / name).write_text(f"#!/usr/bin/env bash\n{says}\n")
-    (folder / name).chmod(0o755)
-
-
 def test_slurm_batch_file(tmp_path):
     """Under Slurm's variables, with stand-ins for its commands: each machine launches with its own rank."""
-    stand_in(tmp_path, "accelerate", 'printf "%s\\n" accelerate "$@"')
+    stand_in(tmp_path, "accelerate", SAY)
     stand_in(tmp_path, "scontrol", 'printf "node7\\nnode8\\n"')
     stand_in(tmp_path, "srun", 'for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done')
     slurm = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_SUBMIT_DIR": str(ROOT)}
@@ -220,7 +220,7 @@ def test_check_of_machines(tmp_path):
 
 
 def test_check_is_launched_as_the_training_is(tmp_path):
-    stand_in(tmp_path, "accelerate", 'printf "%s\\n" accelerate "$@"')
+    stand_in(tmp_path, "accelerate", SAY)
     done = subprocess.run(
         ["bash", str(ROOT / "scripts" / "train_multi_node.sh")], capture_output=True, text=True, cwd=tmp_path,
         env=os.environ | NODE | {"CHECK": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"},
