@@ -2018,8 +2018,7 @@ def run_validation(
 
 
 def draw_loss_curve(rows: list[dict], path: Path) -> None:
-    """The loss over the steps of metrics.jsonl, means of up to 100 equal stretches of them, as a PNG of 800 x 320."""
-    rows = [row for row in rows if row["loss"] is not None]
+    """The loss over the steps, of rows of metrics.jsonl, as means of up to 100 equal stretches; a PNG of 800 x 320."""
     means = [np.mean([row["loss"] for row in part]) for part in np.array_split(rows, min(len(rows), 100))]
     low, high = min(means), max(means)
     left, right, top, bottom = 70, 780, 30, 280
@@ -2096,11 +2095,14 @@ def save_model_card(
     if id_token:
         parts.append(f"Trigger word: `{id_token}`, at the beginning of the prompt.")
     parts.append(f"```py\n{usage_example(repo_id, base_model, prompt, fps, dtype, shape)}\n```")
-    rows = [f"| {name.replace('_', ' ')} | {value} |" for name, value in settings.items() if value is not None]
+    told = {name: value for name, value in settings.items() if value is not None and value is not False}
+    rows = [f"| {name.replace('_', ' ')} | {value} |" for name, value in told.items()]
     if rows:
         parts.append("\n".join(["## Training", "", "| | |", "|---|---|", *rows]))
-    if (folder / "metrics.jsonl").is_file():
-        draw_loss_curve([json.loads(line) for line in (folder / "metrics.jsonl").open()], folder / "loss.png")
+    metrics = folder / "metrics.jsonl"
+    losses = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+    if losses := [row for row in losses if row["loss"] is not None]:
+        draw_loss_curve(losses, folder / "loss.png")
         parts.append("![The loss over the steps](loss.png)")
     parts.append("The licence of the base model applies to these weights, too.")
     metadata = card_metadata(base_model, widget, id_token).to_yaml()
@@ -2154,8 +2156,8 @@ def upload(args: argparse.Namespace, repo_id: str, names: list[str]) -> None:
                 break  # and would fail again
     includes = " ".join(f"--include {name}" for name in names)
     raise RunError(
-        f"the upload to {repo_id} failed: {failed or 'it was interrupted'}\nEverything is in {args.output_dir}; by "
-        f"hand, after `hf auth login`: hf upload {repo_id} {shlex.quote(args.output_dir)} {includes}",
+        f"the upload to {repo_id} failed: {str(failed) or 'it was interrupted'}\nEverything is in {args.output_dir}; "
+        f"by hand, after `hf auth login`: hf upload {repo_id} {shlex.quote(args.output_dir)} {includes}",
         exit_code=128 + STOP.number if STOP.number else 4,
     ) from failed
 

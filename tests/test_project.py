@@ -9,9 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import imageio_ffmpeg
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from conftest import ROOT, SCRIPTS
+from conftest import ROOT, SCRIPTS, SHARED
 from PIL import Image
 
 README = (ROOT / "README.md").read_text()
@@ -30,7 +31,7 @@ def launched_script(words: list[str]):
     return importlib.import_module(Path(words[position]).stem), words[position + 1 :]
 
 
-LAUNCHES = ["2b", "5b", "5b-i2v", "resume"]
+LAUNCHES = ["2b", "5b", "5b-i2v", "resume", "8 GPUs"]
 
 
 @pytest.mark.parametrize("words", [c for c in COMMANDS if c[0] == "accelerate"], ids=LAUNCHES)
@@ -49,7 +50,7 @@ def test_launch_commands_parse(words, tmp_path, request):
 def test_other_commands_are_real():
     others = {" ".join(c) for c in COMMANDS if c[0] != "accelerate"}
     made = {"make demo", "make demo KIND=i2v", "make test", "make test-slow"}
-    assert others == made | {"pip install -r requirements.txt"}
+    assert others == made | {"pip install -r requirements.txt", "uv run train_cogvideox_lora.py --help"}
     makefile = (ROOT / "Makefile").read_text()
     assert all(re.search(rf"^{command.split()[1]}:", makefile, re.M) for command in made)
     assert "make test" in (ROOT / ".ci" / "run").read_text()
@@ -67,16 +68,33 @@ def test_flags_in_the_readme_exist():
     assert set(re.findall(r"--\w+", prose)) - elsewhere <= declared
 
 
-def test_snippet_runs(run, kind, models, tmp_path):
+@SHARED
+def test_snippet_runs(run, model, tmp_path):
     """The README's own lines, with the tiny model's name and frames in place of the real one's."""
     run(output_dir=tmp_path / "my_lora")
-    text_to_video, changed = (block for language, block in BLOCKS if language == "python")
-    assert "pipe.load_lora_weights" in text_to_video and "set_adapters" not in text_to_video
-    snippet = {"t2v": text_to_video, "i2v": changed}[kind]
-    Image.new("RGB", (720, 480)).save(tmp_path / "start.png")
-    snippet = re.sub(r'"THUDM/[^"]*"', repr(str(models[kind])), snippet).replace("num_frames=49", "num_frames=9")
+    (snippet,) = (block for language, block in BLOCKS if language == "python")
+    assert "pipe.load_lora_weights" in snippet and "set_adapters" not in snippet
+    snippet = re.sub(r'"THUDM/[^"]*"', repr(str(model)), snippet).replace("num_frames=49", "num_frames=9")
     exec(compile(snippet, "README.md", "exec"), {})
     assert (tmp_path / "video.mp4").stat().st_size > 0
+
+
+def test_command_for_a_clip_that_cannot_be_decoded(tmp_path):
+    """decord, which crashes on AV1, reads what the README's command makes of it."""
+    ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
+    source = ["-f", "lavfi", "-i", "testsrc=size=96x64:rate=8:duration=1", "-c:v", "libaom-av1", "clip.webm"]
+    subprocess.run([ffmpeg, "-loglevel", "error", *source], check=True, cwd=tmp_path)
+    read = "import decord, sys; print(len(decord.VideoReader(sys.argv[1])))"
+    done = [subprocess.run([sys.executable, "-c", read, tmp_path / "clip.webm"], capture_output=True, text=True)]
+    (command,) = re.findall(r"`ffmpeg (-i .*?)`", README)
+    subprocess.run([ffmpeg, "-loglevel", "error", *shlex.split(command)], check=True, cwd=tmp_path)
+    done.append(subprocess.run([sys.executable, "-c", read, tmp_path / "clip.mp4"], capture_output=True, text=True))
+    assert done[0].returncode != 0 and done[1].stdout == "8\n"
+
+
+def test_readme_is_short_and_its_pictures_are_there():
+    assert README.count("\n") < 300
+    assert all((ROOT / path).is_file() for path in re.findall(r"!\[.*?\]\((.*?)\)", README))
 
 
 CONFIGS = {  # what accelerate makes of each: its launcher's flags
@@ -268,6 +286,7 @@ def test_optional_packages_are_asked_for_in_one_version(script):
     assert dict(re.findall(r"^(\w+)>=([\d.]+)$", lines, re.M)).items() >= script.OPTIONAL.items()
 
 
+@SHARED
 def test_scripts_run_without_the_packages_that_single_flags_need(script, flags, tmp_path):
     """As after `pip install` of the others alone."""
     packages = Path(importlib.util.find_spec("torch").origin).parent.parent
@@ -282,15 +301,17 @@ def test_scripts_run_without_the_packages_that_single_flags_need(script, flags, 
     assert done.returncode == 0 and "INFO Done." in done.stderr, done.stderr[-3000:]
 
 
-def test_show_run(run):
+def test_show_run(run, tmp_path):
     output = run(max_train_steps=6, validation_prompt="a red square", num_inference_steps=1, checkpointing_steps=3)
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "show_run.py"), str(output)], capture_output=True, text=True, check=True
-    )
+        [sys.executable, str(ROOT / "tools" / "show_run.py"), str(output), "--picture", str(tmp_path / "all.png")],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
     assert "Loss over 6 steps" in done.stdout and "first fifth" in done.stdout
     for name in ("metrics.jsonl", "pytorch_lora_weights.safetensors", "video-0.mp4", "video-0.png", "checkpoint-6"):
         assert name in done.stdout, name
     assert (output / "validation" / "test_step-000006_prompt-0_video-0.png").is_file()
+    assert Image.open(tmp_path / "all.png").width == 960
     done = subprocess.run(
         [sys.executable, str(ROOT / "tools" / "show_run.py"), str(ROOT)], capture_output=True, text=True
     )

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -125,7 +126,7 @@ def test_card_of_a_run_works(run, kind, models, monkeypatch):
     assert shown == [(prompt, f"final_video_{index}.mp4") for index, prompt in enumerate(prompts)]
     sampled = sorted((output / "validation").iterdir())
     assert [(output / url).read_bytes() for _, url in shown] == [video.read_bytes() for video in sampled]
-    for row in ("rank | 3", "steps | 5", "clips | 4", "learning rate | 0.001", "max num frames | 8"):
+    for row in ("rank | 3", "seed | 0", "steps | 5", "clips | 4", "learning rate | 0.001", "max num frames | 8"):
         assert f"\n| {row} |\n" in card.text, row
     (picture,) = re.findall(r"!\[.*?\]\((.*?)\)", card.text)
     picture = np.asarray(Image.open(output / picture))
@@ -224,6 +225,28 @@ def test_what_the_hub_refuses_is_not_sent_again(script, run, hub):
     with pytest.raises(script.RunError) as error:
         run(**PUSH)
     assert error.value.exit_code == 4 and len(hub.faults) == 2
+
+
+@SHARED
+def test_signal_while_uploading(script, run, hub, monkeypatch):
+    def stop(*_):
+        script.STOP.number = signal.SIGINT
+        raise script.Interrupted
+
+    monkeypatch.setattr(script.STOP, "number", 0)  # to be put back
+    monkeypatch.setattr(script, "CommitOperationAdd", stop)
+    with pytest.raises(script.RunError, match="failed: it was interrupted\n.*by hand") as error:
+        run(**PUSH)
+    assert error.value.exit_code == 130 and not hub.repositories["me/style"].commits
+
+
+@SHARED
+def test_finished_run_without_metrics_has_a_card(run):
+    """Resumed to do nothing more than to save and publish."""
+    output = run(checkpointing_steps=2)
+    (output / "metrics.jsonl").unlink()
+    (output / "README.md").unlink()
+    assert "loss.png" not in (run(resume_from_checkpoint="latest") / "README.md").read_text()
 
 
 def test_upload_by_hand_is_as_the_message_says(script, run, hub, tmp_path):

@@ -15,7 +15,7 @@ if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     config=accelerate_configs/single_gpu.yaml
 fi
 
-accelerate launch --quiet --config_file "$config" "$script" \
+accelerate launch --quiet --config_file "$config" --num_cpu_threads_per_process "$(nproc)" "$script" \
     --pretrained_model_name_or_path "$DEMO/model" \
     --instance_data_root "$DEMO/clips" \
     --caption_column prompts.txt \

@@ -1,9 +1,10 @@
 """Show what a training run left in its output folder: the files, the loss curve, the videos.
 
-    python tools/show_run.py OUTPUT_DIR
+    python tools/show_run.py OUTPUT_DIR [--picture FILE.png]
 
 Reads metrics.jsonl and lists the rest; needs no GPU and loads no model. For each video of the last validation it
-writes a contact sheet beside it (PNG, frames from left to right), for a look without a player.
+writes a contact sheet beside it (PNG, frames from left to right), for a look without a player. --picture puts the loss
+curve of the card and these sheets into one.
 """
 
 import argparse
@@ -64,7 +65,19 @@ def size(path: Path) -> str:
     return f"{path.stat().st_size / 1024:,.0f} KiB"
 
 
-def main(folder: Path) -> None:
+def put_together(pictures: list[Path], path: Path, width: int = 960) -> None:
+    """Pictures one below the other, each as wide."""
+    images = [Image.open(picture).convert("RGB") for picture in pictures]
+    images = [image.resize((width, image.height * width // image.width)) for image in images]
+    together = Image.new("RGB", (width, sum(image.height + 8 for image in images)), "white")
+    top = 0
+    for image in images:
+        together.paste(image, (0, top))
+        top += image.height + 8
+    together.quantize(128).save(path, optimize=True)
+
+
+def main(folder: Path, picture: Path | None) -> None:
     metrics_file = folder / "metrics.jsonl"
     if not metrics_file.is_file():
         sys.exit(f"{folder} is not the output folder of a run: it has no metrics.jsonl")
@@ -76,15 +89,20 @@ def main(folder: Path) -> None:
     print(f"  every step: {metrics_file}")
     for lora in folder.glob("pytorch_lora_weights.safetensors"):
         print(f"\nLoRA          {lora} ({size(lora)})")
-    for video in last_validation(folder / "validation"):
-        print(f"Validation    {video} ({size(video)}), as a picture: {contact_sheet(video)}")
+    sheets = [(video, contact_sheet(video)) for video in last_validation(folder / "validation")]
+    for video, sheet in sheets:
+        print(f"Validation    {video} ({size(video)}), as a picture: {sheet}")
     for checkpoint in sorted(folder.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1])):
         print(f"Checkpoint    {checkpoint}")
     for card in folder.glob("README.md"):
         print(f"Model card    {card}")
+    if picture is not None:
+        put_together([folder / "loss.png", *(sheet for _, sheet in sheets)], picture)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="--output_dir of the run")
-    main(parser.parse_args().folder)
+    parser.add_argument("--picture", type=Path, help="where to put the loss curve and the sheets in one")
+    args = parser.parse_args()
+    main(args.folder, args.picture)
