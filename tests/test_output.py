@@ -11,6 +11,7 @@ from fcntl import ioctl
 
 import pytest
 from conftest import SHARED
+from test_processes import draw_bars
 from test_training import read_metrics
 
 ASK = {"validation_prompt": "a red square", "validation_steps": 2, "num_inference_steps": 2}
@@ -89,9 +90,11 @@ def test_bars_on_a_terminal(script, launch, tmp_path, clips):
 @SHARED
 def test_bars_are_of_the_first_process_alone(launch, clips):
     settings = {"instance_data_root": clips, "precompute_dir": None, "max_train_steps": 4, "train_batch_size": 1} | ASK
-    first, second = launch(2, prepare=slow("diffusion_loss", 0.3, bars=0.3), **settings)
+    settings["validation_prompt"] = "a red square:::a blue square"  # one each
+    first, second = launch(2, prepare=draw_bars, **settings)
     assert (first.wait(), second.wait()) == (0, 0)
-    assert "Training: 4 of 4" in first.said() and "Encoding videos: 4 of 4" in first.said()
+    bars = {"Training", "Sampling", "Encoding prompts", "Encoding videos"}
+    assert {bar for bar in bars if bar in first.said()} == bars
     assert [line for line in second.said().splitlines() if not OF_LIBRARIES.fullmatch(line)] == []
 
 

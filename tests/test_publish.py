@@ -87,6 +87,13 @@ def test_model_card(script, kind, tmp_path, form):
     assert "load_lora_weights" in code and "set_adapters" not in card.text and 'a \\"red\\" square, 赤' in code
 
 
+@SHARED
+@pytest.mark.parametrize(("trained_in", "dtype"), [("fp16", "float16"), ("bf16", "bfloat16"), ("no", "bfloat16")])
+def test_code_of_the_card_loads_what_was_trained(script, tmp_path, trained_in, dtype):
+    script.save_model_card("me/lora", repo_folder=str(tmp_path), settings={"mixed_precision": trained_in})
+    assert f"dtype=torch.{dtype})" in (tmp_path / "README.md").read_text()
+
+
 COGVIDEOX = {"license": "other", "license_name": "cogvideox"}
 COGVIDEOX["license_link"] = "https://huggingface.co/THUDM/CogVideoX-5b/blob/main/LICENSE"
 BASES = {

@@ -1,6 +1,7 @@
 """Validation writes videos as asked, and sends them to trackers; the token goes nowhere."""
 
 import json
+import time
 import zipfile
 
 import decord
@@ -126,6 +127,8 @@ def wandb_history(file) -> list[dict]:
             position += left
             continue
         length, last = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6] in (1, 4)
+        if position + 7 + length > len(data):
+            break  # not written whole yet
         content += data[position + 7 : position + 7 + length]
         position += 7 + length
         if last:
@@ -138,7 +141,9 @@ def wandb_history(file) -> list[dict]:
 
 def check_wandb(folder, output):
     (run,) = folder.glob("offline-run-*")
-    rows = wandb_history(next(run.glob("run-*.wandb")))
+    deadline = time.monotonic() + 20  # wandb's own process writes it, and may be a little behind
+    while len(rows := wandb_history(next(run.glob("run-*.wandb")))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert [row["_step"] for row in rows] == [1, 2] and all(NAMES <= row.keys() for row in rows)
     for row, phase in zip(rows, ("validation", "test"), strict=True):
         for index, tag in enumerate(TAGS):
