@@ -8,13 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHARED
 from diffusers import DiffusionPipeline
 from hub import TOKEN, Repository
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from PIL import Image
 
 EXPORTED = {
@@ -94,6 +95,13 @@ def test_code_of_the_card_loads_what_was_trained(script, tmp_path, trained_in, d
     assert f"dtype=torch.{dtype})" in (tmp_path / "README.md").read_text()
 
 
+def check_front_matter(card):
+    """As ModelCard.validate does, which asks the Hub; its older versions ask the real one, whatever HF_ENDPOINT is."""
+    ask = {"content": card.content, "repoType": "model"}
+    answer = huggingface_hub.utils.get_session().post(f"{constants.ENDPOINT}/api/validate-yaml", json=ask)
+    assert answer.status_code == 200 and answer.json()["errors"] == []
+
+
 COGVIDEOX = {"license": "other", "license_name": "cogvideox"}
 COGVIDEOX["license_link"] = "https://huggingface.co/THUDM/CogVideoX-5b/blob/main/LICENSE"
 BASES = {
@@ -118,7 +126,7 @@ def test_base_model_and_licence(script, tmp_path, base_model):
     assert (card.data.to_dict().get("base_model"), said) == (name, licence)
     assert card.data.instance_prompt == "TOK" and "`TOK`" in card.text
     assert str(tmp_path) not in card.content and "my models" not in card.content
-    card.validate()  # which asks the Hub
+    check_front_matter(card)
 
 
 @pytest.mark.usefixtures("hub")
@@ -127,7 +135,7 @@ def test_card_of_a_run_works(run, kind, models, monkeypatch):
     videos = {"validation_prompt": "TOK red:::TOK blue", "num_inference_steps": 1, "num_validation_videos": 2}
     output = run(**videos, id_token="TOK", rank=3, max_train_steps=5, max_num_frames=8, skip_bad_videos=True)
     card = ModelCard.load(output / "README.md")
-    card.validate()
+    check_front_matter(card)
     shown = [(entry["text"], entry["output"]["url"]) for entry in card.data.to_dict()["widget"]]
     prompts = ["TOK red", "TOK red", "TOK blue", "TOK blue"]
     assert shown == [(prompt, f"final_video_{index}.mp4") for index, prompt in enumerate(prompts)]
