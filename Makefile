@@ -1,6 +1,6 @@
 # make demo             trains a LoRA on a tiny model and shows what comes out
 # make demo KIND=i2v    the same for image-to-video
-# make test             ruff and the test suite, by JOBS processes
+# make test             ruff and the test suite, by JOBS processes (often one of them waits: 3 suit 2 cores)
 # make test-slow        with the tests that take minutes
 # make clean            removes the virtual environment and the demo's files
 
@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := .demo
 KIND ?= t2v
-JOBS ?= 2
+JOBS ?= 3
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 

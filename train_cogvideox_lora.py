@@ -356,11 +356,13 @@ def check_packages(args: argparse.Namespace) -> list[str]:
         "deepspeed": ("accelerate's configuration", uses_deepspeed),
     }
     problems = []
-    for package in [package for package, (_, wanted) in needs.items() if wanted]:
+    for package, (flag, is_needed) in needs.items():
+        if not is_needed:
+            continue
         there = importlib.metadata.version(package) if importlib.util.find_spec(package) else "not installed"
         if there == "not installed" or compare_versions(package, "<", OPTIONAL[package]):
             wanted = f"{package}>={OPTIONAL[package]}"
-            problems.append(f"{needs[package][0]} needs {wanted}, which is {there}: pip install '{wanted}'")
+            problems.append(f"{flag} needs {wanted}, which is {there}: pip install '{wanted}'")
     return problems
 
 
@@ -2246,6 +2248,7 @@ def stopped(args: argparse.Namespace, when: str) -> RunError:
 
 def set_up_logging() -> None:
     """One log, above the bars, of the first process and the others' errors; of libraries, what a user can act on."""
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a child process that is killed keeps for ever
     handler = LogHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING if is_first_process() else logging.ERROR)

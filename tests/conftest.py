@@ -1,5 +1,7 @@
 """Fixtures: the scripts as modules, tiny models and clips, and a way to run a whole training in this process."""
 
+import atexit
+import gc
 import importlib
 import logging
 import multiprocessing
@@ -38,6 +40,17 @@ from tqdm import tqdm  # noqa: E402
 SCRIPTS = {"train_cogvideox_lora": "t2v", "train_cogvideox_image_to_video_lora": "i2v"}
 # For what the two scripts have word for word, where a test takes long: tests/test_shared_code.py says that they do.
 SHARED = pytest.mark.parametrize("script", ["train_cogvideox_lora"], ids=["t2v"], indirect=True)
+
+# Each process's own: tqdm's is a semaphore that forked ones share, and a killed one would keep it for ever.
+tqdm.set_lock(threading.RLock())
+
+# A run collects garbage after each encoder: to look through all objects of the libraries takes 0.4 s each time, and
+# touching them in a forked process copies the memory that they share.
+for name in SCRIPTS:
+    importlib.import_module(name)
+gc.collect()
+gc.freeze()
+atexit.register(gc.unfreeze)
 
 
 def pytest_addoption(parser):
@@ -211,7 +224,6 @@ def child_main(script, words: list[str], log: Path, environment: dict[str, str],
     os.dup2(output, 2)
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
     logging.root.handlers.clear()  # pytest's
-    tqdm.set_lock(threading.RLock())  # its own: killed with the inherited one, it would hang all of pytest
     torch.set_num_threads(1)  # the threads of the process that this one was forked from are not here
     reset_accelerate()
     sys.argv = [f"{script.__name__}.py", *words]

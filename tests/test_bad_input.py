@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import tiny
-from conftest import ROOT
+from conftest import ROOT, SHARED
 
 
 @pytest.fixture
@@ -279,6 +279,7 @@ def test_hub_that_is_not_reachable(fail):
     assert "--push_to_hub" in fail(push_to_hub=True, hub_token="hf_secret_x", hub_model_id="nobody/x")
 
 
+@SHARED
 def test_as_a_process(script, flags, tmp_path):
     """The exit code and the message as a shell sees them."""
     words = flags(height=60, output_dir=tmp_path / "output")

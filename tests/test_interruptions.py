@@ -13,7 +13,7 @@ import pytest
 from conftest import SHARED
 from safetensors.torch import load_file
 from test_training import read_metrics, same_tensors
-from tqdm import tqdm
+from tqdm.std import TqdmDefaultWriteLock
 
 ENDLESS = {"max_train_steps": 100_000, "checkpointing_steps": 100_000}
 
@@ -173,22 +173,17 @@ def test_signal_while_sampling_at_the_end(script, launch, tmp_path):
     assert (tmp_path / "output" / script.LORA_FILE).is_file()
 
 
-@SHARED
-def test_a_child_killed_while_it_draws_a_bar_leaves_the_tests_their_lock(launch):
-    """tqdm's lock is a semaphore that forked processes share: a child killed with it would keep it for ever."""
+def test_a_decoder_killed_while_it_draws_a_bar(script, run, clips, monkeypatch):
+    """tqdm's own lock is a semaphore that forked processes share: one that is killed with it keeps it for ever."""
 
-    def prepare(_):
-        tqdm.get_lock().acquire()
-        print("held")
-        time.sleep(60)
+    def draw_and_die(*_):
+        script.tqdm.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    shared = tqdm.get_lock().mp_lock
-    child = launch(prepare=prepare)
-    child.wait_for(lambda: "held" in child.said())
-    child.process.kill()
-    assert child.wait() == -signal.SIGKILL
-    assert shared.acquire(timeout=10)
-    shared.release()
+    monkeypatch.setattr(script.VideoDataset, "__getitem__", draw_and_die)
+    monkeypatch.setattr(script.tqdm, "_lock", TqdmDefaultWriteLock(), raising=False)
+    with pytest.raises(script.RunError, match="4 of 4 videos cannot be decoded(.|\\n)*the decoder crashed on it"):
+        run(instance_data_root=clips, precompute_dir=None)
 
 
 KILLED = {"max_train_steps": 12, "checkpointing_steps": 1, "checkpoints_total_limit": 2, "random_flip": True}
