@@ -1,8 +1,10 @@
 """Fixtures: the scripts as modules, tiny models and clips, and a way to run a whole training in this process."""
 
 import atexit
+import functools
 import gc
 import importlib
+import itertools
 import logging
 import multiprocessing
 import os
@@ -27,61 +29,61 @@ os.environ |= {
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import huggingface_hub  # noqa: E402
 import pytest  # noqa: E402
-import tiny  # noqa: E402
-import torch  # noqa: E402
-from accelerate.state import AcceleratorState, GradientState  # noqa: E402
-from hub import Hub  # noqa: E402
-from huggingface_hub import constants  # noqa: E402
-from PIL import Image  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 SCRIPTS = {"train_cogvideox_lora": "t2v", "train_cogvideox_image_to_video_lora": "i2v"}
-# For what the two scripts have word for word, where a test takes long: tests/test_shared_code.py says that they do.
-SHARED = pytest.mark.parametrize("script", ["train_cogvideox_lora"], ids=["t2v"], indirect=True)
+# What the two scripts share is one text (tests/test_shared_code.py), so most tests run the text-to-video script alone.
+BOTH = pytest.mark.parametrize("script", SCRIPTS, ids=SCRIPTS.values(), indirect=True)
+ONLY_I2V = pytest.mark.parametrize("script", ["train_cogvideox_image_to_video_lora"], ids=["i2v"], indirect=True)
 
-# Each process's own: tqdm's is a semaphore that forked ones share, and a killed one would keep it for ever.
-tqdm.set_lock(threading.RLock())
+# With `pytest -n`, the process that only hands out the tests needs none of the libraries, which take 14 s to import.
+if "PYTEST_XDIST_WORKER" in os.environ or not any(word.startswith("-n") for word in sys.argv):
+    import huggingface_hub
+    import tiny
+    import torch
+    from accelerate.state import AcceleratorState, GradientState
+    from hub import Hub
+    from huggingface_hub import constants
+    from PIL import Image
+    from tqdm import tqdm
 
-# A run collects garbage after each encoder: to look through all objects of the libraries takes 0.4 s each time, and
-# touching them in a forked process copies the memory that they share.
-for name in SCRIPTS:
-    importlib.import_module(name)
-gc.collect()
-gc.freeze()
-atexit.register(gc.unfreeze)
+    # tqdm's own lock is a semaphore that forked processes share: one that is killed could keep it.
+    tqdm.set_lock(threading.RLock())
+
+    # A run collects garbage after each encoder. Without this, each collection takes 0.4 s for the libraries' objects,
+    # and copies them in a forked process.
+    for name in SCRIPTS:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)
 
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups after it
 def pytest_collection_modifyitems(config, items):
+    """Tests that share a slow fixture run in one process. The longest tests start first."""
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes minutes: make test-slow"))
+        for name in {"finished", "deepspeed", "pretrained"} & set(item.fixturenames):
+            script = getattr(item, "callspec", None) and item.callspec.params.get("script")
+            item.add_marker(pytest.mark.xdist_group(f"{name} {script or 'train_cogvideox_lora'}"))
+    items.sort(key=lambda item: "long" not in item.keywords)
 
 
-@pytest.fixture(params=SCRIPTS, ids=SCRIPTS.values())
+@pytest.fixture
 def script(request):
-    """Each training script as a module."""
-    return importlib.import_module(request.param)
-
-
-@pytest.fixture
-def t2v():
-    return importlib.import_module("train_cogvideox_lora")
-
-
-@pytest.fixture
-def i2v():
-    return importlib.import_module("train_cogvideox_image_to_video_lora")
+    """A training script as a module: text-to-video, or those that BOTH or ONLY_I2V name."""
+    return importlib.import_module(getattr(request, "param", "train_cogvideox_lora"))
 
 
 @pytest.fixture
 def kind(script) -> str:
-    """t2v or i2v, as the script in hand."""
+    """t2v or i2v: which script the test runs."""
     return SCRIPTS[script.__name__]
 
 
@@ -101,7 +103,7 @@ def models(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def model(models, kind) -> Path:
-    """The tiny model that the script in hand trains, of any size."""
+    """The tiny model that the script trains, of any size."""
     return models[kind]
 
 
@@ -178,23 +180,21 @@ def flags(kind, model, shared_clips, shared_precomputed, start_images, tmp_path)
         if kind == "i2v" and values.get("validation_prompt"):
             prompts = values["validation_prompt"].split(":::")
             values.setdefault("validation_images", ":::".join(str(path) for path in start_images[: len(prompts)]))
-        words = []
-        for name, value in values.items():
-            if value is True:
-                words.append(f"--{name}")
-            elif value is not None and value is not False:
-                words += [f"--{name}", str(value)]
-        return words
+        return word_list(values)
 
     return make
 
 
 @pytest.fixture
-def run(script, flags):
-    """Train in this process; returns the output folder."""
+def run(script, flags, tmp_path):
+    """Train in this process; returns the output folder, a new one for each run that names none and resumes none."""
+    numbers = itertools.count(1)
 
     def train(**changes) -> Path:
         reset_accelerate()
+        is_new = not changes.keys() & {"output_dir", "resume_from_checkpoint"}
+        if is_new and (tmp_path / "output").exists():
+            changes["output_dir"] = tmp_path / f"output-{next(numbers)}"
         args = script.get_args(flags(**changes))
         script.main(args)
         return Path(args.output_dir)
@@ -202,13 +202,55 @@ def run(script, flags):
     return train
 
 
+def word_list(values: dict) -> list[str]:
+    """A command line's words; True is a flag without a value, None and False leave it out."""
+    words = []
+    for name, value in values.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value is not None and value is not False:
+            words += [f"--{name}", str(value)]
+    return words
+
+
+FINISHED = {  # the run of the fixture `finished`: steps, checkpoints, videos, all that a run can leave
+    "max_train_steps": 4, "checkpointing_steps": 2, "validation_steps": 2, "num_inference_steps": 2, "fps": 12,
+    "validation_prompt": "TOK a red square:::TOK a blue square", "id_token": "TOK", "train_batch_size": 1,
+    "gradient_accumulation_steps": 2, "lr_scheduler": "cosine", "lr_warmup_steps": 2, "report_to": "tensorboard",
+    "num_validation_videos": 2, "random_flip": True, "learning_rate": 1e-3, "rank": 4, "lora_alpha": 2, "seed": 7,
+    "height": 64, "width": 96, "max_num_frames": 9, "mixed_precision": "no", "caption_column": "prompts.txt",
+    "video_column": "videos.txt",
+}  # fmt: skip
+
+
+@functools.cache
+def finished_run(name: str, model: Path, clips: Path, images: str | None, folder: Path) -> Path:
+    module = importlib.import_module(name)
+    places = {"pretrained_model_name_or_path": model, "instance_data_root": clips, "output_dir": folder / "output"}
+    places |= {"precompute_dir": folder / "precomputed", "validation_images": images}
+    reset_accelerate()
+    module.main(module.get_args(word_list(FINISHED | places)))
+    return folder
+
+
 @pytest.fixture
-def hub(script, monkeypatch):
+def finished(script, kind, model, shared_clips, start_images, finished_folder) -> Path:
+    """A folder with a finished run of FINISHED: output/ and precomputed/. It is made once a script: read it only."""
+    images = ":::".join(map(str, start_images[:2])) if kind == "i2v" else None
+    return finished_run(script.__name__, model, shared_clips, images, finished_folder / kind)
+
+
+@pytest.fixture(scope="session")
+def finished_folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("finished")
+
+
+@pytest.fixture
+def hub(monkeypatch):
     """A Hub of its own for this process, reached by Git LFS. It refuses what comes without its token."""
     server = Hub()
     for name, value in {"ENDPOINT": server.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
         monkeypatch.setattr(constants, name, value)
-    monkeypatch.setattr(script, "UPLOAD_WAITS", (0, 0, 0))
     monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda _: None)
     huggingface_hub.utils.close_session()
     yield server

@@ -1,15 +1,13 @@
 """A user's mistake ends in one clear message, exit code 2, no traceback, and nothing half-written."""
 
-import importlib.metadata
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 
 import pytest
 import tiny
-from conftest import ROOT, SHARED
+from conftest import BOTH, ONLY_I2V
 
 
 @pytest.fixture
@@ -25,7 +23,7 @@ def fail(script, flags, clips, capsys, monkeypatch, tmp_path):
         said = capsys.readouterr().err
         assert exit_.value.code == code
         assert "Traceback" not in said and "usage:" not in said
-        assert said.count("error:") == 1
+        assert said.count(f"{script.__name__}.py: error:") == 1
         if wrote_nothing:
             assert not (tmp_path / "output").exists() and not (tmp_path / "pre").exists()
         return said
@@ -35,52 +33,37 @@ def fail(script, flags, clips, capsys, monkeypatch, tmp_path):
 
 NUMBERS = {
     "height": (60, "--height must be a multiple of 16, not 60 (nearest: 64)"),
-    "width": (0, "--width must be a multiple of 16"),
-    "rank": (0, "--rank must be 1 or more, not 0"),
-    "lora_alpha": (0, "--lora_alpha must be more than 0"),
-    "learning_rate": (-1e-4, "--learning_rate must be more than 0"),
-    "train_batch_size": (0, "--train_batch_size must be 1 or more"),
-    "max_train_steps": (0, "--max_train_steps must be 1 or more"),
-    "max_num_frames": (0, "--max_num_frames must be 1 or more"),
-    "gradient_accumulation_steps": (0, "--gradient_accumulation_steps must be 1 or more"),
-    "checkpointing_steps": (0, "--checkpointing_steps must be 1 or more"),
-    "validation_steps": (0, "--validation_steps must be 1 or more"),
-    "skip_frames_start": (-1, "--skip_frames_start must be 0 or more"),
-    "adam_beta2": (1.0, "--adam_beta2 must be at least 0 and less than 1"),
-    "max_grad_norm": ("nan", "--max_grad_norm must be more than 0"),
+    "width": (0, "--width must be a whole number, 1 or more, not 0"),
+    "rank": (0, "--rank must be a whole number, 1 or more, not 0"),
+    "lora_alpha": (0, "--lora_alpha must be a number, more than 0, not 0"),
+    "learning_rate": (-1e-4, "--learning_rate must be a number, more than 0"),
+    "train_batch_size": (1.5, "--train_batch_size must be a whole number, 1 or more, not 1.5"),
+    "max_train_steps": (0, "--max_train_steps must be a whole number, 1 or more"),
+    "max_num_frames": ("many", "--max_num_frames must be a whole number, 1 or more, not many"),
+    "checkpointing_steps": (0, "--checkpointing_steps must be a whole number, 1 or more"),
+    "skip_frames_start": (-1, "--skip_frames_start must be a whole number, 0 or more"),
+    "adam_beta2": (1.0, "--adam_beta2 must be a number, at least 0 and less than 1"),
+    "max_grad_norm": ("nan", "--max_grad_norm must be a number, more than 0"),
+    "seed": (-1, "--seed must be from 0 to 2147483647, not -1"),
+    "optimizer": ("sgd", "--optimizer invalid choice: 'sgd'"),
+    "lr_scheduler": ("cosin", "--lr_scheduler invalid choice: 'cosin'"),
+    "mixed_precision": ("fp8", "--mixed_precision invalid choice: 'fp8'"),
+    "report_to": ("mlflow", "--report_to invalid choice: 'mlflow'"),
 }
 
 
-ONLY_I2V = pytest.mark.parametrize("script", ["train_cogvideox_image_to_video_lora"], indirect=True, ids=["i2v"])
+def test_all_wrong_values_come_in_one_message(fail):
+    said = fail(**{name: value for name, (value, _) in NUMBERS.items()}, pretrained_model_name_or_path=None)
+    for _, message in NUMBERS.values():
+        assert message in said
+    assert "the following arguments are required: --pretrained_model_name_or_path" in said
 
 
-@pytest.mark.parametrize("name", NUMBERS)
-def test_numbers(fail, name):
+@pytest.mark.parametrize("name", ["rank", "optimizer"])
+def test_one_wrong_value(fail, name):
     value, message = NUMBERS[name]
-    assert message in fail(**{name: value})
-
-
-def test_all_wrong_numbers_at_once(fail):
-    said = fail(height=60, rank=0, learning_rate=0, instance_data_root=None)
-    for part in ("--height", "--rank", "--learning_rate", "no data: give --instance_data_root"):
-        assert part in said
-
-
-CHOICES = {
-    "optimizer": "sgd",
-    "lr_scheduler": "cosin",
-    "mixed_precision": "fp8",
-    "report_to": "mlflow",
-    "video_reshape_mode": "crop",
-    "frame_sampling": "all",
-    "rank": "many",
-}
-
-
-@pytest.mark.parametrize("name", CHOICES)
-def test_unknown_choices(fail, name):
-    said = fail(**{name: CHOICES[name]})
-    assert f"--{name}" in said and CHOICES[name] in said and said.count("\n") == 1
+    said = fail(**{name: value})
+    assert f"  - {message}" in said and said.count("  - ") == 1
 
 
 def test_unknown_flag(fail):
@@ -98,18 +81,14 @@ NEEDED_BY = {
 }
 
 
-@pytest.mark.parametrize("there", ["not installed", "0.1"])
 @pytest.mark.parametrize("package", NEEDED_BY)
-def test_package_missing_or_too_old(fail, script, monkeypatch, package, there):
+def test_missing_package(fail, monkeypatch, package):
     flag, changes = NEEDED_BY[package]
-    find_spec, version = importlib.util.find_spec, importlib.metadata.version
-    if there == "not installed":
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1" if name == package else version(name))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
     if package == "deepspeed":
         monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    wanted = f"{package}>={script.OPTIONAL[package]}"
-    assert f"{flag} needs {wanted}, which is {there}: pip install '{wanted}'\n" in fail(**changes)
+    assert f"{flag} needs {package}: pip install {package}\n" in fail(**changes)
 
 
 def test_no_such_root(fail, tmp_path):
@@ -126,7 +105,7 @@ def test_missing_line_file(fail, clips, name):
 
 def test_line_file_that_is_not_text(fail, clips):
     (clips / "prompts.txt").write_bytes(b"caf\xe9\n")
-    assert "prompts.txt is not UTF-8 text" in fail()
+    assert "prompts.txt cannot be read as UTF-8 text" in fail()
 
 
 def test_prompts_and_videos_that_do_not_pair_up(fail, clips):
@@ -185,6 +164,7 @@ def test_table_errors(fail, tmp_path):
     assert "--dataset_name" in fail(**columns | {"dataset_name": tmp_path / "none.csv"})
 
 
+@BOTH
 def test_model_of_the_other_kind_is_refused_by_name(fail, kind, models):
     """Nothing is decoded or encoded before, as `fail` looks."""
     if kind == "t2v":
@@ -195,11 +175,13 @@ def test_model_of_the_other_kind_is_refused_by_name(fail, kind, models):
         assert "text-to-video" in said and "train it with train_cogvideox_lora.py" in said
 
 
+@BOTH
 def test_transformer_and_vae_that_are_not_of_one_model(fail, kind, tmp_path):
     other = tiny.make_model(tmp_path / "other", kind, in_channels=12)
     assert "its transformer takes 12 channels, its VAE makes 4" in fail(pretrained_model_name_or_path=other)
 
 
+@BOTH
 def test_size_of_a_model_with_learned_positions(fail, kind, tmp_path):
     other = tiny.make_model(tmp_path / "learned", kind, use_learned_positional_embeddings=True)
     said = fail(pretrained_model_name_or_path=other, height=96)
@@ -250,8 +232,9 @@ def test_empty_separator(fail):
 
 
 def test_models_that_are_none(fail, model, tmp_path):
-    assert "no transformer/config.json" in fail(pretrained_model_name_or_path=tmp_path)
-    assert "neither a local folder nor readable" in fail(pretrained_model_name_or_path="nobody/nothing")
+    for model_name in (tmp_path, "nobody/nothing"):
+        said = fail(pretrained_model_name_or_path=model_name)
+        assert f"{model_name} is no diffusers-format model, in a local folder or on the Hub" in said
     other = tmp_path / "other"
     shutil.copytree(model, other)
     (other / "transformer" / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
@@ -260,36 +243,21 @@ def test_models_that_are_none(fail, model, tmp_path):
 
 def test_output_that_is_a_file(fail, tmp_path):
     (tmp_path / "file").write_text("")
-    assert "--output_dir" in fail(output_dir=tmp_path / "file")
-    assert "--output_dir" in fail(output_dir=tmp_path / "file" / "below")
-    assert "--precompute_dir" in fail(precompute_dir=tmp_path / "file")
+    for flag, folder in (("output_dir", "file"), ("output_dir", "file/below"), ("precompute_dir", "file")):
+        said = fail(**{flag: tmp_path / folder}, wrote_nothing=False)
+        assert f"--{flag}" in said and f"{tmp_path}/file" in said and "cannot be written" in said
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs a folder that even root cannot write")
 def test_output_that_cannot_be_written(fail):
-    assert "--output_dir /proc/nowhere cannot be written" in fail(output_dir="/proc/nowhere")
+    said = fail(output_dir="/proc/nowhere", wrote_nothing=False)
+    assert "--output_dir" in said and "cannot be written" in said and "/proc/nowhere" in said
 
 
 def test_no_such_checkpoint(fail):
     said = fail(resume_from_checkpoint="checkpoint-7")
-    assert "--resume_from_checkpoint checkpoint-7: no complete checkpoint there" in said
+    assert "--resume_from_checkpoint checkpoint-7: no complete checkpoint" in said
 
 
 def test_hub_that_is_not_reachable(fail):
     assert "--push_to_hub" in fail(push_to_hub=True, hub_token="hf_secret_x", hub_model_id="nobody/x")
-
-
-@SHARED
-def test_as_a_process(script, flags, tmp_path):
-    """The exit code and the message as a shell sees them."""
-    words = flags(height=60, output_dir=tmp_path / "output")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / f"{script.__name__}.py"), *words], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"{script.__name__}.py: error: these flags cannot work:" in done.stderr
-    assert not (tmp_path / "output").exists()
-
-
-def test_seed_that_the_generators_do_not_take(fail):
-    assert "--seed must be from 0" in fail(seed=-1)

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from conftest import ROOT, SHARED
+from conftest import ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_processes import finish, note, notes
@@ -50,28 +50,36 @@ def deepspeed_on_the_cpu() -> None:
     deepspeed.get_accelerator().is_fp16_supported = lambda: True  # torch computes in it here, too
 
 
-def note_dtypes(module) -> None:
-    """Of the base, of what is computed with, and of what learns; who clips."""
-    prepare = module.prepare
+def note_prepared(folder: Path):
+    """Notes the dtypes of the base, of what is computed with and of what learns; the wrapped units, their shards."""
 
-    def noting(*arguments):
-        prepared = prepare(*arguments)
-        module_parameters = prepared.transformer.module.named_parameters()
-        dtypes = {"lora" if "lora" in name else "base": str(p.dtype) for name, p in module_parameters}
-        learns = {str(p.dtype) for group in prepared.optimizer.param_groups for p in group["params"]}
-        note(module, "dtypes", dtypes | {"learns": sorted(learns)})
-        return prepared
+    def prepare(_script) -> None:
+        original = Accelerator.prepare
 
-    module.prepare = noting
+        def noting(self, *arguments):
+            transformer, optimizer, schedule = original(self, *arguments)
+            parameters = dict(self.unwrap_model(transformer).named_parameters())
+            dtypes = {"lora" if "lora" in name else "base": str(p.dtype) for name, p in parameters.items()}
+            learns = {str(p.dtype) for group in optimizer.param_groups for p in group["params"]}
+            note(folder, "dtypes", dtypes | {"learns": sorted(learns)})
+            block = self.unwrap_model(transformer).transformer_blocks[0]
+            note(folder, "units", [type(transformer).__name__, type(block).__name__])
+            local = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in parameters.values())
+            note(folder, "sharded", [local, sum(p.numel() for p in parameters.values())])
+            return transformer, optimizer, schedule
+
+        Accelerator.prepare = noting
+
+    return prepare
 
 
 @pytest.fixture
-def deepspeed(launch, deepspeed_on_the_cpu):  # noqa: ARG001
+def deepspeed(launch, deepspeed_on_the_cpu, tmp_path):  # noqa: ARG001
     """Run under a DeepSpeed configuration; returns what was said."""
 
     def start(config: Path, **changes) -> str:
         environment = launched_with(config, 1) | {"ACCELERATE_USE_CPU": "false", "DS_ACCELERATOR": "cpu"}
-        child = launch(environment=environment, prepare=note_dtypes, **SETTINGS | changes)
+        child = launch(environment=environment, prepare=note_prepared(tmp_path), **SETTINGS | changes)
         return finish([child], [0])[0]
 
     return start
@@ -120,7 +128,6 @@ def test_zero2_in_bf16_is_the_plain_run(script, plain, deepspeed, config, tmp_pa
     assert "Traceback" not in said
 
 
-@SHARED
 def test_zero2_in_fp16(plain, deepspeed, tmp_path):
     """Its loss scaling may skip steps; the base and what computes are fp16, what learns is not."""
     longer = {"max_train_steps": 20, "gradient_accumulation_steps": 1}
@@ -134,7 +141,6 @@ def test_zero2_in_fp16(plain, deepspeed, tmp_path):
     assert min(learned) > 0 and all(weight.isfinite().all() for weight in weights.values())
 
 
-@SHARED
 def test_zero3_gathers_the_lora(plain, deepspeed, tmp_path):
     """Its own linear layer rounds in another way: the weights are near those of the plain run, not the same."""
     ask = {"validation_prompt": "a red square", "num_inference_steps": 1}
@@ -154,7 +160,6 @@ def test_zero3_gathers_the_lora(plain, deepspeed, tmp_path):
     assert same_tensors(lora_file(output)[0], weights)
 
 
-@SHARED
 @pytest.mark.parametrize("defined", ["optimizer", "optimizer and scheduler"])
 def test_what_deepspeed_defines_is_not_defined_twice(plain, deepspeed, tmp_path, defined):
     """The optimizer of a DeepSpeed file takes the place of --optimizer's; the schedule, with its warm-up, is the
@@ -186,7 +191,6 @@ def test_what_deepspeed_defines_is_not_defined_twice(plain, deepspeed, tmp_path,
     assert min(w.abs().max() for n, w in lora_file(tmp_path / "output")[0].items() if "lora_B" in n) > 0
 
 
-@SHARED
 def test_a_checkpoint_of_another_engine_is_refused(script, run, deepspeed):
     deepspeed(CONFIGS / "deepspeed_zero2.yaml")
     with pytest.raises(script.RunError, match="engine was deepspeed zero2, is replicated") as error:
@@ -194,60 +198,55 @@ def test_a_checkpoint_of_another_engine_is_refused(script, run, deepspeed):
     assert error.value.exit_code == 2
 
 
-@SHARED
-def test_a_spread_checkpoint_is_refused_to_another_number_of_processes(script, tmp_path, caplog):
-    (tmp_path / "training_state.json").write_text(
-        json.dumps({"saved_at": 1, "settings": {"engine": "fsdp2", "num_processes": 2}, "state": {}})
-    )
-    with pytest.raises(script.RunError, match="num_processes was 2, is 4"):
-        script.check_checkpoint(tmp_path, {"engine": "fsdp2", "num_processes": 4})
-    script.check_checkpoint(tmp_path, {"engine": "fsdp2", "num_processes": 2})
-    (tmp_path / "training_state.json").write_text(
-        json.dumps({"saved_at": 1, "settings": {"engine": "replicated", "num_processes": 2}, "state": {}})
-    )
-    script.check_checkpoint(tmp_path, {"engine": "replicated", "num_processes": 4})
+def test_a_sharded_checkpoint_is_refused_to_another_number_of_processes(script, tmp_path, caplog):
+    words = ["--pretrained_model_name_or_path", "m", "--resume_from_checkpoint", str(tmp_path)]
+    args, content = script.get_args(words), {"saved_at": 1, "state": {}, "sizes": {}}
+    for engine in ("fsdp2", "replicated"):
+        settings = {"engine": engine, "num_processes": 2}
+        (tmp_path / "training_state.json").write_text(json.dumps(content | {"settings": settings}))
+        assert script.find_checkpoint(args, settings) == tmp_path and caplog.text == ""
+        if engine == "fsdp2":
+            with pytest.raises(script.RunError, match="num_processes was 2, is 4"):
+                script.find_checkpoint(args, settings | {"num_processes": 4})
+    assert script.find_checkpoint(args, settings | {"num_processes": 4}) == tmp_path
     assert "num_processes was 2, is 4" in caplog.text
 
 
-@SHARED
-def test_two_words_on_accumulation_are_told(launch):
+def test_two_values_for_accumulation_are_refused(launch):
     child = launch(environment={"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"})
-    assert child.wait() == 2 and "accelerate's configuration says 4: let them agree" in child.said()
+    assert child.wait() == 2
+    assert "accelerate's configuration says 4: give the same --gradient_accumulation_steps" in child.said()
 
 
-# ---- FSDP2, which accelerate starts on accelerators only: its check of the device is passed over here ---------------
+# ---- FSDP2. accelerate starts it on accelerators only, so the tests set its state on CPU processes ---------------
 
 
-def pretend_fsdp2(module) -> None:
+def pretend_fsdp2(folder: Path):
     """The engine and plugin that accelerate takes from the configuration file, on CPU processes."""
-    configure_engine, prepare = module.configure_engine, module.prepare
 
-    def configure(args, accelerator):
-        accelerator.state.distributed_type = DistributedType.FSDP
-        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
-        configure_engine(args, accelerator)
+    def prepare(_script) -> None:
+        original = Accelerator.__init__
 
-    def noting(*arguments):
-        prepared = prepare(*arguments)
-        block = prepared.transformer.transformer_blocks[0]
-        parameters = dict(block.named_parameters())
-        note(module, "units", [type(prepared.transformer).__name__, type(block).__name__])
-        note(module, "dtypes", {"lora" if "lora" in name else "base": str(p.dtype) for name, p in parameters.items()})
-        local = sum(p.to_local().numel() for p in prepared.transformer.parameters())
-        note(module, "spread", [local, sum(p.numel() for p in prepared.transformer.parameters())])
-        return prepared
+        def init(self, *arguments, **keywords):
+            original(self, *arguments, **keywords)
+            self.state.distributed_type = DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.state.fsdp_plugin = FullyShardedDataParallelPlugin()
 
-    module.configure_engine, module.prepare = configure, noting
+        Accelerator.__init__ = init
+        note_prepared(folder)(_script)
+
+    return prepare
 
 
+@pytest.mark.long
 def test_fsdp2_is_the_plain_run_of_two_processes(script, launch, tmp_path):
     """To the bit in bf16; resumed it is the run never stopped. The block is the unit, the base is spread."""
     ask = {"validation_prompt": "a red square:::a blue square:::a green square", "num_inference_steps": 1}
     settings = SETTINGS | ask | {"max_grad_norm": 1.0}
     finish(launch(2, output_dir=tmp_path / "plain", **settings))
     environment = launched_with(CONFIGS / "fsdp2.yaml", 2) | {"ACCELERATE_USE_CPU": "true"}
-    fsdp2 = {"environment": environment, "prepare": pretend_fsdp2}
+    fsdp2 = {"environment": environment, "prepare": pretend_fsdp2(tmp_path)}
     finish(launch(2, **fsdp2, **settings))
     output = tmp_path / "output"
     weights, metadata = lora_file(output)
@@ -258,9 +257,10 @@ def test_fsdp2_is_the_plain_run_of_two_processes(script, launch, tmp_path):
     assert names[0] == names[1] and len(names[0]) == 3
     for rank in (0, 1):
         assert notes(tmp_path, "units", rank) == [["FSDPCogVideoXTransformer3DModel", "FSDPCogVideoXBlock"]]
-        assert notes(tmp_path, "dtypes", rank) == [{"base": "torch.bfloat16", "lora": "torch.float32"}]
-        ((local, whole),) = notes(tmp_path, "spread", rank)
-        assert local < 0.6 * whole
+        assert notes(tmp_path, "dtypes", rank)[0]["base"] == "torch.bfloat16"
+        assert notes(tmp_path, "dtypes", rank)[0]["lora"] == "torch.float32"
+        ((local, total),) = notes(tmp_path, "sharded", rank)
+        assert local < 0.6 * total
     for name in ("checkpoint-3", "checkpoint-6"):
         assert same_tensors(lora_file(output / name)[0], lora_file(tmp_path / "plain" / name)[0])
         assert not list((output / name).glob("*model*"))  # the base is not in it
@@ -271,7 +271,6 @@ def test_fsdp2_is_the_plain_run_of_two_processes(script, launch, tmp_path):
     assert same_tensors(lora_file(output)[0], expected)
 
 
-@SHARED
 def test_fsdp_of_the_first_version_is_refused(script):
     accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=False)
     with pytest.raises(script.RunError, match="fsdp_version: 2") as error:

@@ -1,20 +1,21 @@
-"""Image-to-video: the first frame reaches the transformer as in inference, and a LoRA learns to go on from it."""
+"""Image-to-video: the first frame reaches the transformer as in inference, and a LoRA learns to continue from it."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from conftest import ONLY_I2V
 from diffusers import DiffusionPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from safetensors.torch import load_file
 from test_objective import PROMPT, record_inputs
+from transformers import T5EncoderModel
 
-pytestmark = pytest.mark.parametrize(
-    "script", ["train_cogvideox_image_to_video_lora"], indirect=True, ids=["i2v"]
-)  # fmt: skip
+pytestmark = ONLY_I2V
 
 
 @pytest.fixture
@@ -69,26 +70,24 @@ def test_image_latents_are_the_pipelines(script, run, models, inverted_model, on
 
 
 def test_noise_is_added_to_the_image(script, models, monkeypatch):
-    vae = DiagonalGaussianDistribution  # stands for none: encode_video is replaced
-    image = torch.rand(3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    seen = []
-    with monkeypatch.context() as patch:
-        patch.setattr(script, "encode_video", lambda _, video: seen.append(video[0]))
-        for seed in range(400):
-            script.encode_first_frame(vae, image, seed)
-    noise = torch.stack(seen) - image  # [400, C, H, W]
+    """An encoder that returns the pixels shows the noise itself; the VAE shows that it is added to the frame."""
+    video = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    pixels = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+    pixels.encode = lambda x: SimpleNamespace(latent_dist=SimpleNamespace(parameters=x))
+    seen = [script.encode_clip(pixels, video, seed)["image_moments"][:, 0] for seed in range(400)]
+    noise = torch.stack(seen) - video[0]  # [400, C, H, W]
     log_sigmas = noise.flatten(1).std(dim=1).log()  # [400]
     assert log_sigmas.mean().item() == pytest.approx(-3, abs=0.1)
     assert log_sigmas.std().item() == pytest.approx(0.5, abs=0.1)
     assert noise.mean().abs() < 1e-3 and not torch.equal(noise[0], noise[1])
 
     vae = DiffusionPipeline.from_pretrained(models["i2v"]).vae
-    clean = script.encode_video(vae, image[None])
-    far = (script.encode_first_frame(vae, image, 0) - clean).abs().max()
+    clean = script.encode_video(vae, video)
+    far = (script.encode_clip(vae, video, 0)["image_moments"] - clean).abs().max()
     monkeypatch.setattr(script, "IMAGE_LOG_SIGMA", (math.log(1e-4), 0))
-    near = (script.encode_first_frame(vae, image, 0) - clean).abs().max()
+    near = (script.encode_clip(vae, video, 0)["image_moments"] - clean).abs().max()
     monkeypatch.setattr(script, "IMAGE_LOG_SIGMA", (-math.inf, 0))
-    assert torch.equal(script.encode_first_frame(vae, image, 0), clean)
+    assert torch.equal(script.encode_clip(vae, video, 0)["image_moments"], clean)
     assert far > 0.01 > near > 0
 
 
@@ -142,16 +141,18 @@ def test_start_image_is_cropped_as_a_clip(script, flags, tmp_path):
     Image.fromarray(picture).save(tmp_path / "wide.png")
     for mode, red in (("center", 0), ("random", 0), ("stretch", 0.5)):
         ask = {"validation_prompt": "a", "validation_images": tmp_path / "wide.png", "video_reshape_mode": mode}
-        image = script.start_image(script.get_args(flags(**ask)), 0).resize((96, 64))
+        (inputs,) = script.validation_inputs(script.get_args(flags(**ask)))
+        image = inputs["image"].resize((96, 64))
         assert (np.asarray(image)[..., 0] > 127).mean() == pytest.approx(red, abs=0.02)
 
 
 def test_each_prompt_is_sampled_from_its_own_image(script, run, start_images, monkeypatch):
     asked = []
-    monkeypatch.setattr(script, "log_validation", lambda *args, **_: asked.append((args[3]["image"], args[8])) or [])
+    sample = script.PIPELINE.__call__
+    monkeypatch.setattr(script.PIPELINE, "__call__", lambda *a, **k: asked.append(k["image"]) or sample(*a, **k))
     run(validation_prompt="one:::two", num_inference_steps=1)
-    assert [prompt for _, prompt in asked] == ["one", "two"]
-    for (image, _), path in zip(asked, start_images, strict=False):
+    assert len(asked) == 2
+    for image, path in zip(asked, start_images, strict=False):
         assert np.array_equal(np.asarray(image), np.asarray(Image.open(path)))
 
 
@@ -176,27 +177,26 @@ def test_dropout_reaches_the_training(run, monkeypatch, dropout):
     assert images.any(dim=1).all() if dropout == 0 else not images.any()
 
 
-@pytest.mark.parametrize(("frames", "said"), [(9, False), (5, True)])
-def test_clips_that_learned_positions_are_not_for_are_said(run, models, caplog, frames, said):
+@pytest.mark.parametrize(("frames", "is_warned"), [(9, False), (5, True)])
+def test_clips_of_another_length_than_the_learned_positions_are_warned_of(run, models, caplog, frames, is_warned):
     run(pretrained_model_name_or_path=models["i2v learned"], max_num_frames=frames, max_train_steps=1)
-    assert ("4 of 4 clips do not give the 9 frames" in caplog.text) == said
+    assert ("Clips that do not give 9 frames train with computed positions" in caplog.text) == is_warned
 
 
-def test_start_images_are_opened_once(script, run, start_images, monkeypatch, tmp_path):
-    """What was opened at the start is there at every validation, even where the file is not any more."""
+def test_start_images_are_opened_once(run, start_images, monkeypatch, tmp_path):
+    """What was opened at the start is there at every validation, even if the file is not."""
     image = tmp_path / "start.png"
     image.write_bytes(start_images[0].read_bytes())
-    precompute_prompts = script.precompute_prompts
+    encode = T5EncoderModel.forward
 
-    def remove_first(*args):
-        image.unlink()
-        return precompute_prompts(*args)
+    def remove_first(*args, **keywords):
+        image.unlink(missing_ok=True)
+        return encode(*args, **keywords)
 
-    monkeypatch.setattr(script, "precompute_prompts", remove_first)
-    output = run(
-        validation_prompt="a red square", validation_images=image, validation_steps=1, num_inference_steps=1
-    )  # fmt: skip
-    assert len(list((output / "validation").iterdir())) == 2
+    monkeypatch.setattr(T5EncoderModel, "forward", remove_first)
+    ask = {"validation_prompt": "a red square", "validation_images": image, "validation_steps": 1}
+    output = run(**ask, num_inference_steps=1, precompute_dir=tmp_path / "pre")
+    assert len(list((output / "validation").iterdir())) == 2 and not image.exists()
 
 
 CAPTION = "a white square moves right"
@@ -204,7 +204,7 @@ CAPTION = "a white square moves right"
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    """A small model that was trained for seconds to go on from an image, as 5B-I2V was for weeks."""
+    """A small model that was trained for seconds to continue from an image, as 5B-I2V was for weeks."""
     sizes = {"num_attention_heads": 4, "num_layers": 3, "time_embed_dim": 64, "max_text_seq_length": 32}
     folder = tmp_path_factory.mktemp("pretrained")
     model = tiny.make_model(folder / "model", "i2v", use_learned_positional_embeddings=True, **sizes)
@@ -212,33 +212,36 @@ def pretrained(tmp_path_factory):
     return model
 
 
-def losses_with_images(script, model, output, clips) -> list[float]:
-    """Mean loss of the first of `clips`, under one noise, with the first frame of each of them as its image."""
+def losses_with_images(script, model, output, clips, weight: float = 1.0) -> list[float]:
+    """Mean loss of the first of `clips`, under one noise, with the first frame of each of them as its image (times
+    `weight`)."""
     args = script.get_args(["--pretrained_model_name_or_path", str(model)])
     transformer = script.load_transformer(args, torch.float32)
     script.add_lora(transformer, 16, 16)
     script.load_lora(transformer, output)
-    vae_config, pipe = script.read_config(args, "vae"), DiffusionPipeline.from_pretrained(model)
+    pipe = DiffusionPipeline.from_pretrained(model)
     prompt_embeds = pipe.encode_prompt(CAPTION, None, False, max_sequence_length=32)[0].repeat(32, 1, 1)
-    settings = script.Preprocessing(64, 96, "center", 9, 0, 0, "stride", 8, None)
-    videos = [script.load_video(script.VideoRecord("", str(clip)), settings) for clip in clips]
+    columns = {"caption_column": "all.txt", "video_column": "files.txt"}
+    root = clips[0].parent
+    (root / "all.txt").write_text("a caption\n" * len(clips))
+    (root / "files.txt").write_text("".join(f"{clip.name}\n" for clip in clips))
+    dataset = script.VideoDataset(str(root), **columns, height=64, width=96, max_num_frames=9)
+    videos = [dataset[index]["instance_video"] for index in range(len(clips))]
     moments = script.encode_video(pipe.vae, videos[0])[None].repeat(32, 1, 1, 1, 1)
     losses = []
     for video in videos:
         torch.manual_seed(0)
-        latents = script.sample_latents(moments, vae_config["scaling_factor"])
         image_moments = script.encode_video(pipe.vae, video[:1])[None].repeat(32, 1, 1, 1, 1)
-        image_latents = script.sample_image_latents(image_moments, latents.shape[1], vae_config, 0.0)
-        rotary = script.rotary_for(transformer.config, latents, 8)
+        batch = {"moments": moments, "image_moments": image_moments, "prompt_embeds": prompt_embeds}
+        args.noised_image_dropout = 0.0
+        latents, conditions = script.prepare_batch(batch, transformer.config, dict(pipe.vae.config), args)
+        conditions["image_latents"] *= weight
         with torch.no_grad():
-            loss = script.diffusion_loss(
-                transformer, pipe.scheduler, latents, image_latents, prompt_embeds, rotary, torch.float32
-            )
-        losses.append(loss.item())
+            losses.append(script.diffusion_loss(transformer, pipe.scheduler, latents, conditions).item())
     return losses
 
 
-def test_overfitted_lora_goes_on_from_the_image(script, run, pretrained, tmp_path, monkeypatch):
+def test_overfitted_lora_continues_from_the_image(script, run, pretrained, tmp_path):
     clips = tiny.make_clips(tmp_path / "clips", colors=tiny.WHITE)
     (clips / "prompts.txt").write_text(f"{CAPTION}\n")
     (clips / "videos.txt").write_text("videos/00.mp4\n")
@@ -251,7 +254,5 @@ def test_overfitted_lora_goes_on_from_the_image(script, run, pretrained, tmp_pat
     own, *others = losses_with_images(script, pretrained, output, files)
     assert own < 0.6 * min(others), (own, others)
 
-    sample_image_latents = script.sample_image_latents
-    monkeypatch.setattr(script, "sample_image_latents", lambda *args: sample_image_latents(*args) * 0)
-    own, *others = losses_with_images(script, pretrained, output, files)
-    assert {own} == set(others)  # with zeroed image latents nothing tells: the check above sees the image alone
+    own, *others = losses_with_images(script, pretrained, output, files, weight=0)
+    assert {own} == set(others)  # without image latents the images do not differ: the check above sees them alone

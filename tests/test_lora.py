@@ -25,7 +25,7 @@ def randomised_lora(script, model, folder):
     torch.manual_seed(1)
     for parameter in trainable:
         torch.nn.init.normal_(parameter, std=0.3)
-    script.save_lora(transformer, folder)
+    script.save_lora(transformer, folder, script.lora_weights(transformer))
     return transformer.eval()
 
 

@@ -106,12 +106,12 @@ def test_revision_and_variant_reach_every_component(script, flags, monkeypatch):
     accelerator = script.get_accelerator(args)
     prompts = ["a prompt that no other test has encoded"]
     with pytest.raises(InterruptedError):
-        script.precompute_prompts(args, accelerator, script.Peers(), prompts, 226)
+        script.precompute_prompts(args, accelerator, prompts, 226)
     tokenizer = classmethod(lambda *_, **kwargs: asked.update(t=kwargs))
     monkeypatch.setattr(script.T5Tokenizer, "from_pretrained", tokenizer)
     with pytest.raises(InterruptedError):
-        script.precompute_prompts(args, accelerator, script.Peers(), prompts, 226)
-    assert asked["t"] == asked["T5Tokenizer"] == script.pretrained_source(args) | {"subfolder": "tokenizer"}
+        script.precompute_prompts(args, accelerator, prompts, 226)
+    assert asked["t"] == asked["T5Tokenizer"] == script.pretrained_source(args, "tokenizer")
     for name, kwargs in asked.items():
         assert (kwargs["revision"], kwargs["cache_dir"]) == ("v7", "c")
         assert name in ("t", "T5Tokenizer") or kwargs["variant"] == "fp16"

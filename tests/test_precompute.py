@@ -1,43 +1,47 @@
-"""Prompts and videos are encoded once, into files; a change encodes anew just what it changes."""
+"""Prompts and videos are encoded once, into files. After a change, only what it changes is encoded again."""
 
+import gc
+import importlib
 import os
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
-from conftest import SHARED, reset_accelerate
+from conftest import BOTH, SCRIPTS, reset_accelerate
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from safetensors.torch import load_file
-from transformers import T5EncoderModel
+from transformers import T5EncoderModel, T5Tokenizer
 
 
 @pytest.fixture
-def encoded(script, monkeypatch):
-    """Counts what a run encodes and loads: {"prompts": [...], "videos": n, "images": n, "t5": n, "vae": n}."""
+def encoded(monkeypatch):
+    """Counts what the encoders are given, and how often they are loaded."""
     counts = {}
-    encode_prompt, encode_video, load_vae = script.encode_prompt, script.encode_video, script.load_vae
-    load_t5 = T5EncoderModel.from_pretrained.__func__
+    encode, tokenize = AutoencoderKLCogVideoX.encode, T5Tokenizer.__call__
 
-    def counting_encode_prompt(tokenizer, text_encoder, prompt, *args):
-        counts["prompts"].append(prompt)
-        return encode_prompt(tokenizer, text_encoder, prompt, *args)
+    def counting_encode(self, pixels):  # [1, C, F, H, W]
+        counts["videos" if pixels.shape[2] > 1 else "images"] += 1
+        return encode(self, pixels)
 
-    def counting_encode_video(vae, video):
-        counts["videos" if len(video) > 1 else "images"] += 1
-        return encode_video(vae, video)
+    def counting_tokenize(self, prompt, **keywords):
+        if "padding" in keywords:
+            counts["prompts"] += [prompt] if isinstance(prompt, str) else prompt
+        return tokenize(self, prompt, **keywords)
 
-    def counting_load_vae(*args):
-        counts["vae"] += 1
-        return load_vae(*args)
+    def counting_load(name, load):
+        def from_pretrained(cls, *args, **keywords):
+            counts[name] += 1
+            return load(cls, *args, **keywords)
 
-    def counting_load_t5(cls, *args, **kwargs):
-        counts["t5"] += 1
-        return load_t5(cls, *args, **kwargs)
+        return classmethod(from_pretrained)
 
-    monkeypatch.setattr(script, "encode_prompt", counting_encode_prompt)
-    monkeypatch.setattr(script, "encode_video", counting_encode_video)
-    monkeypatch.setattr(script, "load_vae", counting_load_vae)
-    monkeypatch.setattr(T5EncoderModel, "from_pretrained", classmethod(counting_load_t5))
+    monkeypatch.setattr(AutoencoderKLCogVideoX, "encode", counting_encode)
+    monkeypatch.setattr(T5Tokenizer, "__call__", counting_tokenize)
+    for name, encoder in (("t5", T5EncoderModel), ("vae", AutoencoderKLCogVideoX)):
+        load = encoder.from_pretrained.__func__
+        monkeypatch.setattr(encoder, "from_pretrained", counting_load(name, load))
 
     def reset():
         counts.update(prompts=[], videos=0, images=0, t5=0, vae=0)
@@ -60,6 +64,7 @@ def rerun(run, clips, encoded):
     return once
 
 
+@BOTH
 def test_second_run_loads_neither_encoder(rerun, kind, clips):
     first = rerun()
     assert (first["t5"], first["vae"], first["videos"], first["images"]) == (1, 1, 4, {"t2v": 0, "i2v": 4}[kind])
@@ -69,7 +74,6 @@ def test_second_run_loads_neither_encoder(rerun, kind, clips):
     assert (clips / ".cogvideox_precomputed").is_dir()
 
 
-@SHARED
 def test_each_distinct_prompt_once(rerun, clips):
     (clips / "prompts.txt").write_text("same\nsame\nother\nsame\n")
     counts = rerun(validation_prompt="other:::new", num_inference_steps=1, max_train_steps=3)
@@ -113,12 +117,10 @@ CHANGES = {
 }
 
 
-@SHARED
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_changed_setting_encodes_all_videos(rerun, change):
+def test_changed_setting_encodes_all_videos(rerun):
     rerun()
-    assert rerun(**change)["videos"] == 4
-    assert rerun(**change)["videos"] == 0
+    for name, change in CHANGES.items():
+        assert (rerun(**change)["videos"], rerun(**change)["videos"]) == (4, 0), name
 
 
 def test_settings_that_change_nothing_encode_nothing(rerun):
@@ -132,8 +134,7 @@ def test_seed_matters_to_random_crops_only(rerun):
     assert rerun(video_reshape_mode="none", seed=1)["videos"] == 4
 
 
-@SHARED
-def test_other_weights_encode_anew(rerun, model, tmp_path):
+def test_other_weights_encode_again(rerun, model, tmp_path):
     copy = tmp_path / "model"
     shutil.copytree(model, copy)
     rerun(pretrained_model_name_or_path=copy)
@@ -145,12 +146,8 @@ def test_other_weights_encode_anew(rerun, model, tmp_path):
     assert (counts["videos"], len(counts["prompts"])) == (0, 5)
 
 
-def test_encoders_and_transformer_are_never_loaded_together(script, run, clips, monkeypatch):
-    """Counted by what is alive: T5, VAE and transformer take turns."""
-    import gc
-
-    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
-
+def test_encoders_and_transformer_are_never_loaded_together(run, clips, monkeypatch):
+    """T5, VAE and transformer are in memory one after the other."""
     kinds = (T5EncoderModel, AutoencoderKLCogVideoX, CogVideoXTransformer3DModel)
     gc.collect()
     known = {id(thing) for thing in gc.get_objects() if isinstance(thing, kinds)}
@@ -160,25 +157,26 @@ def test_encoders_and_transformer_are_never_loaded_together(script, run, clips, 
         return [type(x).__name__ for x in gc.get_objects() if isinstance(x, kinds) and id(x) not in known]
 
     seen = {}
-    encode_video, load_transformer = script.encode_video, script.load_transformer
+    encode, load = AutoencoderKLCogVideoX.encode, CogVideoXTransformer3DModel.from_pretrained.__func__
 
-    def spy_encode_video(*args):
+    def spy_encode(*args):
         seen["videos"] = alive()
-        return encode_video(*args)
+        return encode(*args)
 
-    def spy_load_transformer(*args):
+    def spy_load(*args, **keywords):
         seen["before transformer"] = alive()
-        return load_transformer(*args)
+        return load(*args, **keywords)
 
-    monkeypatch.setattr(script, "encode_video", spy_encode_video)
-    monkeypatch.setattr(script, "load_transformer", spy_load_transformer)
+    monkeypatch.setattr(AutoencoderKLCogVideoX, "encode", spy_encode)
+    monkeypatch.setattr(CogVideoXTransformer3DModel, "from_pretrained", classmethod(spy_load))
     run(instance_data_root=clips, precompute_dir=None)
     assert seen == {"videos": ["AutoencoderKLCogVideoX"], "before transformer": []}
 
 
-def test_the_scripts_may_share_a_folder(t2v, i2v, models, clips, tmp_path):
-    """Even where their models have one VAE: what they need of a clip is not the same."""
-    for script, kind in ((t2v, "t2v"), (i2v, "i2v"), (t2v, "t2v")):
+def test_the_scripts_may_share_a_folder(models, clips, tmp_path):
+    """Even if their models have the same VAE: what they need of a clip differs."""
+    for number, (name, kind) in enumerate([*SCRIPTS.items(), next(iter(SCRIPTS.items()))]):
+        script = importlib.import_module(name)
         reset_accelerate()
         folder = tmp_path / kind
         if not folder.exists():
@@ -186,44 +184,43 @@ def test_the_scripts_may_share_a_folder(t2v, i2v, models, clips, tmp_path):
             shutil.rmtree(folder / "vae")
             (folder / "vae").symlink_to(models["t2v"] / "vae")
         words = f"--instance_data_root {clips} --caption_column prompts.txt --video_column videos.txt --height 64 "
-        words += f"--width 96 --max_num_frames 9 --rank 2 --max_train_steps 1 --output_dir {tmp_path / 'output'}"
+        words += f"--width 96 --max_num_frames 9 --rank 2 --max_train_steps 1 --output_dir {tmp_path}/output-{number}"
         script.main(script.get_args(["--pretrained_model_name_or_path", str(folder), *words.split()]))
     sizes = [len(load_file(path)) for path in (clips / ".cogvideox_precomputed" / "videos").iterdir()]
     assert sorted(sizes) == [1] * 4 + [2] * 4
 
 
-def save_half_of_the_third_video(script) -> None:
-    """Write two videos, then half of the third one, and say so."""
-    save_file, written = script.save_file, []
+def stop_half_way_through_the_third_video(_script) -> None:
+    """Writes two videos, then half of the third one, says so, and waits to be killed."""
+    fsync, synced = os.fsync, []
 
-    def save(tensors, path, metadata):
-        save_file(tensors, path, metadata)
-        if "moments" in tensors:
-            written.append(path)
-            if len(written) == 3:
-                whole = path.read_bytes()
-                path.write_bytes(whole[: len(whole) // 2])
+    def half(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if path.parent.name == "videos" and path.name.endswith(".partial"):
+            synced.append(path)
+            if len(synced) == 3:
+                os.truncate(path, path.stat().st_size // 2)
                 print("NOW", flush=True)
                 time.sleep(60)
+        fsync(descriptor)
 
-    script.save_file = save
+    os.fsync = half
 
 
-def test_killed_precompute_leaves_whole_files_and_goes_on(launch, rerun, clips):
+def test_killed_run_leaves_complete_files_and_the_next_one_encodes_the_rest(launch, rerun, clips):
     """SIGKILL while the third video's file is half written."""
-    child = launch(
-        instance_data_root=clips, precompute_dir=None, max_train_steps=1, prepare=save_half_of_the_third_video
-    )
+    settings = {"instance_data_root": clips, "precompute_dir": None, "max_train_steps": 1}
+    child = launch(prepare=stop_half_way_through_the_third_video, **settings)
     child.wait_for(lambda: "NOW" in child.said())
     child.process.kill()
     assert child.wait() == -signal.SIGKILL
     folder = clips / ".cogvideox_precomputed" / "videos"
-    whole = list(folder.glob("*.safetensors"))
-    assert len(whole) == 2 and len(list(folder.iterdir())) == 3
-    assert all(load_file(path)["moments"].shape == (8, 3, 8, 12) for path in whole)
+    complete = list(folder.glob("*.safetensors"))
+    assert len(complete) == 2 and len(list(folder.iterdir())) == 3
+    assert all(load_file(path)["moments"].shape == (8, 3, 8, 12) for path in complete)
     counts = rerun()
     assert counts["videos"] == 2 and counts["prompts"] == []
-    assert len(list(folder.iterdir())) == 4  # what the killed run left is gone
+    assert len(list(folder.glob("*.safetensors"))) == 4
 
 
 def test_stored_files_hold_what_training_needs(rerun, clips):

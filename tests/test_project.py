@@ -1,54 +1,105 @@
-"""What the README says is so: its commands parse, its snippet runs, its scripts launch, its requirements are right."""
+"""What the README says is true: its commands and its code run, its scripts launch, its requirements are complete."""
 
 import ast
 import importlib.util
+import json
+import logging
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio_ffmpeg
 import pytest
+import tiny
+import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from conftest import ROOT, SCRIPTS, SHARED
+from conftest import BOTH, ROOT, SCRIPTS, Child, reset_accelerate
 from PIL import Image
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
-COMMANDS = [
-    shlex.split(command)
-    for language, block in BLOCKS
-    if language == "bash"
-    for command in block.replace("\\\n", " ").strip().splitlines()
-]
+BASH = [block for language, block in BLOCKS if language == "bash"]
+FLAGS = [block for block in BASH if block.startswith("flags=(")]
+MODELS = dict(zip(["2b", "5b", "5b-i2v"], [b for b in BASH if b.startswith("train=(")], strict=True))
+LAUNCHES = dict(
+    zip(["one GPU", "resume", "8 GPUs"], [b for b in BASH if b.startswith("accelerate launch")], strict=True)
+)
+PROMPTS = {"PROMPTS": "TOK a mouse steers a boat:::TOK a bird sits on a pole", "IMAGES": "mouse.png:::bird.png"}
 
 
-def launched_script(words: list[str]):
-    """The script that a launch command names, and the flags it hands over."""
-    position = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    return importlib.import_module(Path(words[position]).stem), words[position + 1 :]
+def load_tool(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
 
 
-LAUNCHES = ["2b", "5b", "5b-i2v", "resume", "8 GPUs"]
-
-
-@pytest.mark.parametrize("words", [c for c in COMMANDS if c[0] == "accelerate"], ids=LAUNCHES)
-def test_launch_commands_parse(words, tmp_path, request):
+def launched(words: list[str]):
+    """The launcher's arguments, the script that it starts, and the flags of the script."""
     assert words[:4] == ["accelerate", "launch", "--quiet", "--config_file"] and (ROOT / words[4]).is_file()
-    script, flags = launched_script(words)
-    args = script.get_args(flags)
-    assert ("i2v" in request.node.callspec.id) == (script.KIND == "image-to-video")
+    words = [*words[2:4], str(ROOT / words[4]), *words[5:]]
+    launch = _validate_launch_command(launch_command_parser().parse_args(words))[0]
+    position = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    return launch, importlib.import_module(Path(words[position]).stem), words[position + 1 :]
+
+
+def readme_command(model: str, launch: str) -> list[str]:
+    """The words that `accelerate` gets when these blocks of the README are pasted into a shell."""
+    lines = ["accelerate() { printf '%s\\0' accelerate \"$@\"; }", *FLAGS, MODELS[model], LAUNCHES[launch]]
+    done = subprocess.run(["bash", "-euc", "\n".join(lines)], capture_output=True, text=True, check=True)
+    return done.stdout.split("\0")[:-1]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_launch_commands_are_valid_and_differ_in_the_launch_only(model, tmp_path):
     (tmp_path / "my_clips").mkdir()
-    if script.KIND == "image-to-video":
-        for path in script.validation_images(args):
-            Image.new("RGB", (720, 480)).save(tmp_path / path)
-    script.check_args(args)
+    for name in ("mouse", "bird"):
+        Image.new("RGB", (720, 480)).save(tmp_path / f"{name}.png")
+    parsed = {}
+    for name in LAUNCHES:
+        launch, script, flags = launched(readme_command(model, name))
+        assert (script.KIND == "image-to-video") == model.endswith("i2v")
+        assert launch.num_processes == (8 if name == "8 GPUs" else 1)
+        parsed[name] = script.get_args(flags)
+        script.check_args(parsed[name])
+    assert parsed["one GPU"] == parsed["8 GPUs"] and parsed["one GPU"].resume_from_checkpoint is None
+    assert vars(parsed["resume"]) == vars(parsed["one GPU"]) | {"resume_from_checkpoint": "latest"}
 
 
-def test_other_commands_are_real():
-    others = {" ".join(c) for c in COMMANDS if c[0] != "accelerate"}
+@pytest.mark.parametrize("model", ["2b", "5b-i2v"])
+def test_the_train_and_resume_commands_do_what_the_readme_says(model, models, clips, caplog, request):
+    """The first one trains for two steps, the second one for two more. Only the model, the sizes and the number of
+    steps are replaced, and the dtype: fp16 needs a GPU."""
+    # --allow_tf32 changes this for the whole process.
+    request.addfinalizer(partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()))
+    caplog.set_level(logging.WARNING)
+    clips.rename("my_clips")
+    for name in ("mouse", "bird"):
+        Image.fromarray(tiny.moving_square(1, 64, 96)[0]).save(f"{name}.png")
+    kind = "i2v" if model == "5b-i2v" else "t2v"
+    replaced = ["--pretrained_model_name_or_path", str(models[kind]), "--mixed_precision", "no"]
+    replaced += "--height 64 --width 96 --max_num_frames 9 --num_inference_steps 1 --max_train_steps".split()
+    rows = []
+    for launch, steps in (("one GPU", 2), ("resume", 4)):
+        _, script, flags = launched(readme_command(model, launch))
+        reset_accelerate()
+        script.main(script.get_args([*flags, *replaced, str(steps)]))
+        rows.append([json.loads(line) for line in Path("my_lora/metrics.jsonl").read_text().splitlines()])
+    assert [row["step"] for row in rows[1]] == [1, 2, 3, 4] and rows[1][:2] == rows[0]  # with the seconds they took
+    warnings = [record.getMessage() for record in caplog.records if record.name == script.__name__]
+    assert all("--lr_warmup_steps 200 of" in warning for warning in warnings), warnings  # of so few steps
+
+
+def test_other_commands_exist():
+    others = {line for block in BASH if "=(" not in block for line in block.splitlines()}
+    others -= {line for block in LAUNCHES.values() for line in block.splitlines()}
     made = {"make demo", "make demo KIND=i2v", "make test", "make test-slow"}
     assert others == made | {"pip install -r requirements.txt", "uv run train_cogvideox_lora.py --help"}
     makefile = (ROOT / "Makefile").read_text()
@@ -64,23 +115,22 @@ def test_flags_in_the_readme_exist():
     sources = "".join((ROOT / f"{name}.py").read_text() for name in SCRIPTS)
     declared = set(re.findall(r'add\("(--\w+)"', sources))
     prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
-    elsewhere = {"--help", "--quiet", "--paper", "--config_file", "--num_processes"}
+    elsewhere = {"--help", "--paper", "--picture", "--max_restarts", "--rdzv_backend", "--requeue"}
     assert set(re.findall(r"--\w+", prose)) - elsewhere <= declared
 
 
-@SHARED
-def test_snippet_runs(run, model, tmp_path):
-    """The README's own lines, with the tiny model's name and frames in place of the real one's."""
-    run(output_dir=tmp_path / "my_lora")
+def test_the_code_that_uses_the_lora_runs(finished, model):
+    """The README's lines, with the name and the number of frames of the tiny model."""
+    Path("my_lora").symlink_to(finished / "output")
     (snippet,) = (block for language, block in BLOCKS if language == "python")
     assert "pipe.load_lora_weights" in snippet and "set_adapters" not in snippet
     snippet = re.sub(r'"THUDM/[^"]*"', repr(str(model)), snippet).replace("num_frames=49", "num_frames=9")
     exec(compile(snippet, "README.md", "exec"), {})
-    assert (tmp_path / "video.mp4").stat().st_size > 0
+    assert Path("video.mp4").stat().st_size > 0
 
 
-def test_command_for_a_clip_that_cannot_be_decoded(tmp_path):
-    """decord, which crashes on AV1, reads what the README's command makes of it."""
+def test_the_command_for_a_clip_that_decord_cannot_read(tmp_path):
+    """decord crashes on AV1, and reads the file that the README's command makes of it."""
     ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
     source = ["-f", "lavfi", "-i", "testsrc=size=96x64:rate=8:duration=1", "-c:v", "libaom-av1", "clip.webm"]
     subprocess.run([ffmpeg, "-loglevel", "error", *source], check=True, cwd=tmp_path)
@@ -92,16 +142,16 @@ def test_command_for_a_clip_that_cannot_be_decoded(tmp_path):
     assert done[0].returncode != 0 and done[1].stdout == "8\n"
 
 
-def test_readme_is_short_and_its_pictures_are_there():
+def test_readme_is_short_and_its_pictures_exist():
     assert README.count("\n") < 300
     assert all((ROOT / path).is_file() for path in re.findall(r"!\[.*?\]\((.*?)\)", README))
 
 
-CONFIGS = {  # what accelerate makes of each: its launcher's flags
+CONFIGS = {  # the launcher's flags that accelerate reads from each
     "cpu.yaml": {"num_processes": 1, "mixed_precision": "no"},
     "single_gpu.yaml": {"num_processes": 1},
     "multi_gpu.yaml": {"multi_gpu": True},
-    "multi_node.yaml": {"multi_gpu": True, "num_machines": 2},
+    "multi_node.yaml": {"multi_gpu": True, "num_machines": 2, "same_network": False},
     "deepspeed_zero2.yaml": {"use_deepspeed": True, "zero_stage": 2, "offload_optimizer_device": "none"},
     "deepspeed_zero2_offload.yaml": {"use_deepspeed": True, "zero_stage": 2, "offload_optimizer_device": "cpu"},
     "deepspeed_zero3.yaml": {"use_deepspeed": True, "zero_stage": 3},
@@ -110,8 +160,8 @@ CONFIGS = {  # what accelerate makes of each: its launcher's flags
 
 
 @pytest.mark.parametrize("config", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.name)
-def test_accelerate_configs_parse(config):
-    """And each says when to choose it. Those of many processes want to be told how many."""
+def test_accelerate_reads_each_configuration(config):
+    """Each has a comment that says when to use it. Those of several processes need their number."""
     expected = {"multi_gpu": False, "use_deepspeed": False, "use_fsdp": False, "num_machines": 1}
     expected |= {"mixed_precision": "bf16", "num_processes": 2, "use_cpu": config.name == "cpu.yaml"}
     expected |= CONFIGS[config.name]
@@ -125,7 +175,7 @@ def test_accelerate_configs_parse(config):
     assert config.read_text().startswith("# ")
 
 
-def test_every_configuration_is_there():
+def test_every_configuration_is_tested():
     assert {path.name for path in (ROOT / "accelerate_configs").iterdir()} == CONFIGS.keys()
 
 
@@ -134,7 +184,7 @@ LAUNCHERS = [
     ("scripts/train_t2v_single_gpu.sh", {"DATA": ".", "PROMPTS": "a b:::c"}),
     ("scripts/train_t2v_single_gpu.sh", {"DATA": ".", "MODEL": "THUDM/CogVideoX-5b", "MIXED_PRECISION": "bf16"}),
     ("scripts/train_i2v_single_gpu.sh", {"DATA": ".", "PROMPTS": "a b:::c", "IMAGES": "a b.png:::c.png"}),
-    ("scripts/train_i2v_single_gpu.sh", {"DATA": "."}),
+    ("scripts/train_i2v_single_gpu.sh", {"DATA": ".", "ID_TOKEN": ""}),
     ("scripts/train_t2v_multi_gpu.sh", {"DATA": ".", "PROMPTS": "a b:::c", "GPUS": "4"}),
     ("scripts/train_t2v_multi_gpu.sh", {"DATA": ".", "GPUS": "2", "ENGINE": "fsdp2", "MODEL": "THUDM/CogVideoX-5b"}),
     ("scripts/train_i2v_multi_gpu.sh", {"DATA": ".", "PROMPTS": "a", "IMAGES": "a b.png", "GPUS": "2"}),
@@ -143,38 +193,41 @@ LAUNCHERS = [
     ("tools/demo.sh", {"DEMO": ".demo"}),
     ("tools/demo.sh", {"DEMO": ".demo", "KIND": "i2v"}),
 ]
+SAY = 'printf "%s\\n" accelerate "$@"'  # an accelerate that prints its arguments
+SAY_STORE = 'echo "store $TORCH_DISABLE_SHARE_RDZV_TCP_STORE" >&2; ' + SAY
 
 
-SAY = 'printf "%s\\n" accelerate "$@"'
-
-
-def stand_in(folder: Path, name: str, says: str) -> None:
-    (folder / name).write_text(f"#!/usr/bin/env bash\n{says}\n")
+def stand_in(folder: Path, name: str, does: str, shell: str = "/usr/bin/env bash") -> None:
+    """A program of this name that does only this."""
+    (folder / name).write_text(f"#!{shell}\n{does}\n")
     (folder / name).chmod(0o755)
 
 
-@pytest.mark.parametrize(("launcher", "settings"), LAUNCHERS)
-def test_shell_scripts_launch(launcher, settings, tmp_path):
-    """With an accelerate that only says what it was given."""
-    stand_in(tmp_path, "accelerate", SAY)
-    path = f"{tmp_path}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", str(ROOT / launcher), "--seed", "7"], capture_output=True, text=True,
-        cwd=tmp_path if launcher.startswith("scripts") else ROOT,
-        env=os.environ | settings | {"PATH": path},
+def run_shell_script(path: str, folder: Path, *flags: str, **settings: str):
+    """Run it with the programs in `folder` before the others of their names."""
+    return subprocess.run(
+        ["bash", str(ROOT / path), *flags], capture_output=True, text=True,
+        cwd=folder if path.startswith("scripts") else ROOT,
+        env=os.environ | settings | {"PATH": f"{folder}:{os.environ['PATH']}"},
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "settings"), LAUNCHERS)
+def test_shell_scripts_launch_the_training(path, settings, tmp_path):
+    stand_in(tmp_path, "accelerate", SAY_STORE)
+    stand_in(tmp_path, "python", "exit 1")  # tools/demo.sh asks it for a GPU
+    done = run_shell_script(path, tmp_path, "--seed", "7", **settings)
     assert done.returncode == 0, done.stderr
-    words = done.stdout.splitlines()
-    assert words[:4] == ["accelerate", "launch", "--quiet", "--config_file"] and (ROOT / words[4]).is_file()
-    words[4] = str(ROOT / words[4])
-    launch = _validate_launch_command(launch_command_parser().parse_args(words[2:]))[0]
+    launch, script, flags = launched(done.stdout.splitlines())
+    args = script.get_args(flags)
     nodes = int(settings.get("NODES", 1))
     assert (launch.num_processes, launch.num_machines) == (nodes * int(settings.get("GPUS", 1)), nodes)
     if nodes > 1:
         assert (launch.machine_rank, launch.main_process_ip, launch.main_process_port) == (1, "10.0.0.1", 29500)
-    script, flags = launched_script(words)
-    args = script.get_args(flags)
-    if launcher.startswith("scripts"):
+    if "GPUS" in settings:  # restarts work with this rendezvous and a store for each attempt only
+        assert (launch.max_restarts, launch.rdzv_backend, args.resume_from_checkpoint) == (3, "c10d", "latest")
+        assert launch.rdzv_conf == ("store_type=file" if nodes == 1 else "") and "store 1" in done.stderr
+    if path.startswith("scripts"):
         assert args.seed == 7
         default = "THUDM/CogVideoX-5b-I2V" if script.KIND == "image-to-video" else "THUDM/CogVideoX-2b"
         if nodes > 1 and script.KIND == "text-to-video":
@@ -182,98 +235,148 @@ def test_shell_scripts_launch(launcher, settings, tmp_path):
         assert args.pretrained_model_name_or_path == settings.get("MODEL", default)
         assert args.validation_prompt == settings.get("PROMPTS")
         assert getattr(args, "validation_images", None) == settings.get("IMAGES")
-        assert (args.height, args.width, args.max_num_frames, args.gradient_checkpointing) == (480, 720, 49, True)
+        assert args.id_token == (settings.get("ID_TOKEN", "TOK") or None)
 
 
-@pytest.mark.parametrize("launcher", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda path: path.name)
-def test_shell_script_asks_for_data(launcher):
+@pytest.mark.parametrize("model", MODELS)
+def test_shell_scripts_have_the_settings_of_the_readme(model, tmp_path):
+    stand_in(tmp_path, "accelerate", SAY)
+    _, script, flags = launched(readme_command(model, "one GPU"))
+    expected = vars(script.get_args(flags))
+    settings = {"DATA": "my_clips", "OUTPUT": "my_lora", "MIXED_PRECISION": expected["mixed_precision"], **PROMPTS}
+    settings["MODEL"] = expected["pretrained_model_name_or_path"]
+    kind = "i2v" if model == "5b-i2v" else "t2v"
+    done = run_shell_script(f"scripts/train_{kind}_single_gpu.sh", tmp_path, **settings)
+    assert vars(script.get_args(launched(done.stdout.splitlines())[2])) == expected
+
+
+TRAINER = """import os, signal, sys, time
+def save(number, _frame):
+    time.sleep(0.3)  # longer than the launcher lives
+    os.write(1, b"saved after %d\\n" % number)  # print may be interrupted within print
+    os._exit(128 + number)
+signal.signal(signal.SIGTERM, save), signal.signal(signal.SIGINT, save)
+print("training", flush=True)
+time.sleep(float(os.environ["SECONDS_TO_TRAIN"]))
+sys.exit(7)
+"""
+LAUNCHER = f"""import subprocess, sys
+sys.exit(subprocess.Popen([sys.executable, "-SE", "-c", {TRAINER!r}]).wait())
+"""
+
+
+@pytest.mark.parametrize("script", ["scripts/train_t2v_single_gpu.sh", "scripts/train_i2v_multi_gpu.sh"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_shell_scripts_pass_signals_on_and_wait_for_the_trainer(script, number, tmp_path):
+    """accelerate's launcher, which this stand-in is like, ends at a signal and leaves its child running."""
+    stand_in(tmp_path, "accelerate", LAUNCHER, shell=f"{sys.executable} -SE")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    environment = os.environ | {"DATA": ".", "GPUS": "1", "PATH": path, "SECONDS_TO_TRAIN": "60"}
+    with subprocess.Popen(["bash", ROOT / script], stdout=subprocess.PIPE, text=True, env=environment) as shell:
+        assert shell.stdout.readline() == "training\n"
+        shell.send_signal(number)
+        received = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
+        assert shell.stdout.read() == f"saved after {received.value}\n"
+    assert shell.returncode == 128 + received
+
+
+def test_shell_scripts_end_with_the_exit_code_of_the_launcher(tmp_path):
+    stand_in(tmp_path, "accelerate", LAUNCHER, shell=f"{sys.executable} -SE")
+    started = time.monotonic()
+    done = run_shell_script("scripts/train_t2v_single_gpu.sh", tmp_path, DATA=".", SECONDS_TO_TRAIN="0")
+    assert (done.returncode, done.stdout) == (7, "training\n") and time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("train_*.sh")), ids=lambda path: path.name)
+def test_shell_scripts_ask_for_the_data(path):
     environment = {key: value for key, value in os.environ.items() if key != "DATA"}
-    done = subprocess.run(["bash", str(launcher)], capture_output=True, text=True, env=environment)
+    done = subprocess.run(["bash", str(path)], capture_output=True, text=True, env=environment)
     assert done.returncode != 0 and "set DATA to the folder" in done.stderr
-    assert "set -euo pipefail" in launcher.read_text() and os.access(launcher, os.X_OK)
+    assert "set -euo pipefail" in path.read_text() and os.access(path, os.X_OK)
 
 
-def test_slurm_batch_file(tmp_path):
-    """Under Slurm's variables, with stand-ins for its commands: each machine launches with its own rank."""
+def test_the_slurm_file_starts_each_machine_with_its_rank(tmp_path):
+    """With Slurm's variables, and stand-ins for its commands."""
     stand_in(tmp_path, "accelerate", SAY)
     stand_in(tmp_path, "scontrol", 'printf "node7\\nnode8\\n"')
-    stand_in(tmp_path, "srun", 'for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done')
+    stand_in(tmp_path, "srun", 'shift; for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done')
     slurm = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_SUBMIT_DIR": str(ROOT)}
-    done = subprocess.run(
-        ["bash", str(ROOT / "scripts" / "train_multi_node.sbatch")], capture_output=True, text=True,
-        env=os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
-    )  # fmt: skip
+    done = run_shell_script("scripts/train_multi_node.sbatch", tmp_path, **slurm)
     assert done.returncode == 0, done.stderr
     launches = [["accelerate", *text.splitlines()] for text in done.stdout.split("accelerate\n")[1:]]
     for rank, words in enumerate(launches):
-        launch = _validate_launch_command(launch_command_parser().parse_args(words[2:]))[0]
+        launch, script, flags = launched(words)
+        args = script.get_args(flags)
         assert (launch.machine_rank, launch.num_machines, launch.num_processes) == (rank, 2, 16)
         assert launch.main_process_ip == "node7"
-        script, flags = launched_script(words)
-        args = script.get_args(flags)
         assert (args.output_dir, args.resume_from_checkpoint) == ("/shared/my_lora", "latest")
     assert len(launches) == 2
+    assert "#SBATCH --requeue\n" in (ROOT / "scripts" / "train_multi_node.sbatch").read_text()
 
 
 def test_check_of_machines(tmp_path):
-    """Two processes that find each other, and one that waits in vain."""
-    command = [sys.executable, str(ROOT / "tools" / "check_machines.py")]
-    address = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "29871"}
-    both = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | address | {"RANK": rank})
-        for rank in "01"
+    """Two processes that reach each other, and one whose peer does not start."""
+    tool = load_tool("check_machines")
+    tool.SECONDS, tool.MEGABYTES = 2, 1
+    program = SimpleNamespace(__name__="check_machines", command_line=tool.main)
+    address = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    first_port = 20000 + os.getpid() % 10000
+    started = [
+        Child(program, [], tmp_path / f"log-{port}-{rank}", address | {"RANK": rank, "MASTER_PORT": str(port)})
+        for port, rank in ((first_port, "0"), (first_port, "1"), (first_port + 1, "0"))
     ]
-    said = [one.communicate(timeout=120)[0] for one in both]
-    assert [one.returncode for one in both] == [0, 0]
-    assert "process 1 of 2 on" in said[1] and "2 processes on 1 machines reach each other" in said[0]
-    assert "256 MB added up over all of them, cpu" in said[0]
-    impatient = (ROOT / "tools" / "check_machines.py").read_text().replace("SECONDS = 60", "SECONDS = 2")
-    (tmp_path / "check.py").write_text(impatient)
-    alone = subprocess.run(
-        [sys.executable, str(tmp_path / "check.py")], capture_output=True, text=True,
-        env=os.environ | address | {"RANK": "0", "MASTER_PORT": "29872"},
-    )  # fmt: skip
-    assert alone.returncode == 1 and "looking for the others at 127.0.0.1:29872" in alone.stdout
-    assert "the same MASTER_ADDR" in alone.stderr and "Traceback" not in alone.stderr
+    assert [one.wait(60) for one in started] == [0, 0, 1]
+    first, second, alone = (one.said() for one in started)
+    assert "process 1 of 2 on" in second and "2 processes on 1 machines reach each other" in first
+    assert "1 MB added up over all of them, cpu" in first
+    assert f"connecting to the others at 127.0.0.1:{first_port + 1}" in alone
+    assert "MASTER_ADDR and MASTER_PORT are the same" in alone and "Traceback" not in alone
 
 
-def test_check_is_launched_as_the_training_is(tmp_path):
+def test_the_check_is_launched_like_the_training(tmp_path):
     stand_in(tmp_path, "accelerate", SAY)
-    done = subprocess.run(
-        ["bash", str(ROOT / "scripts" / "train_multi_node.sh")], capture_output=True, text=True, cwd=tmp_path,
-        env=os.environ | NODE | {"CHECK": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"},
-    )  # fmt: skip
-    assert done.returncode == 0 and done.stdout.splitlines()[-1] == str(ROOT / "tools" / "check_machines.py")
-    assert "machine 1 of 2" in done.stderr and "--main_process_ip\n10.0.0.1" in done.stdout
+    done = run_shell_script("scripts/train_multi_node.sh", tmp_path, CHECK="1", **NODE)
+    words = done.stdout.splitlines()
+    assert done.returncode == 0 and words[-1] == str(ROOT / "tools" / "check_machines.py")
+    launch = launch_command_parser().parse_args(words[2:])
+    assert (launch.main_process_ip, launch.machine_rank, launch.max_restarts) == ("10.0.0.1", 1, 0)
+    assert "machine 1 of 2" in done.stderr
 
 
 PACKAGE_OF = {"PIL": "pillow"}
-OPTIONAL = {"deepspeed"}  # for the configurations that name it
-BROUGHT_ALONG = {  # used through another package, each for the reason that requirements.txt gives
-    "sentencepiece", "protobuf", "imageio", "imageio-ffmpeg",
+NOT_REQUIRED = {"deepspeed"}  # only some configurations need it
+NOT_IMPORTED = {  # other packages use them, for the reasons that requirements.txt gives
+    "sentencepiece", "protobuf", "imageio", "imageio-ffmpeg", "tensorboard",
 }  # fmt: skip
+FOR_SINGLE_FLAGS = ["bitsandbytes", "prodigyopt", "datasets", "tensorboard", "wandb", "comet_ml", "deepspeed"]
 
 
-def test_requirements_are_what_the_script_imports(script):
-    tree = ast.parse((ROOT / f"{script.__name__}.py").read_text())
+def imported_packages(nodes) -> set[str]:
     imported = set()
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             imported |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0
             imported.add(node.module.split(".")[0])
-    third_party = {PACKAGE_OF.get(name, name) for name in imported - sys.stdlib_module_names}
+    return imported
+
+
+def test_requirements_are_what_the_scripts_import():
+    trees = [ast.parse((ROOT / f"{name}.py").read_text()) for name in SCRIPTS]
+    imported = set().union(*(imported_packages(ast.walk(tree)) for tree in trees)) - sys.stdlib_module_names
+    third_party = {PACKAGE_OF.get(name, name) for name in imported}
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     required = {re.match(r"[\w-]+", line)[0] for line in lines if line and not line.startswith("#")}
-    assert required == third_party - OPTIONAL | BROUGHT_ALONG
+    assert required == third_party - NOT_REQUIRED | NOT_IMPORTED
     assert all(re.search(r">=[\d.]+$", line) for line in lines if line and not line.startswith("#"))
 
 
-def test_a_script_tells_uv_its_requirements(script):
+@BOTH
+def test_the_scripts_tell_uv_their_requirements(script):
     """PEP 723: the same lines as requirements.txt."""
     source = (ROOT / f"{script.__name__}.py").read_text()
-    (block,) = re.findall(r"^# /// script\n((?:#.*\n)+?)# ///$", source, re.M)  # the pattern of the PEP, in short
+    (block,) = re.findall(r"^# /// script\n((?:#.*\n)+?)# ///$", source, re.M)  # a simpler pattern than the PEP's
     lines = [line[2:] for line in block.splitlines()]
     assert lines[0] == 'requires-python = ">=3.10"' and lines[0] in (ROOT / "pyproject.toml").read_text()
     dependencies = ast.literal_eval("\n".join(lines[1:]).removeprefix("dependencies = "))
@@ -281,52 +384,61 @@ def test_a_script_tells_uv_its_requirements(script):
     assert dependencies == [line for line in required if line and not line.startswith("#")]
 
 
-def test_optional_packages_are_asked_for_in_one_version(script):
-    lines = (ROOT / "requirements.txt").read_text() + (ROOT / "requirements-dev.txt").read_text()
-    assert dict(re.findall(r"^(\w+)>=([\d.]+)$", lines, re.M)).items() >= script.OPTIONAL.items()
+def test_packages_that_single_flags_need_are_imported_for_these_flags_only(script, run, monkeypatch):
+    tree = ast.parse((ROOT / f"{script.__name__}.py").read_text())
+    assert not imported_packages(tree.body) & set(FOR_SINGLE_FLAGS)
+    for package in FOR_SINGLE_FLAGS:
+        monkeypatch.setitem(sys.modules, package, None)  # then an import of it fails
+    assert (run(max_train_steps=1) / "pytorch_lora_weights.safetensors").is_file()
 
 
-@SHARED
-def test_scripts_run_without_the_packages_that_single_flags_need(script, flags, tmp_path):
-    """As after `pip install` of the others alone."""
-    packages = Path(importlib.util.find_spec("torch").origin).parent.parent
-    (tmp_path / "packages").mkdir()
-    for path in packages.iterdir():
-        if path.name.split("-")[0].lower() not in script.OPTIONAL:
-            (tmp_path / "packages" / path.name).symlink_to(path)
-    done = subprocess.run(
-        [sys.executable, "-S", str(ROOT / f"{script.__name__}.py"), *flags(max_train_steps=1)],
-        env=os.environ | {"PYTHONPATH": str(tmp_path / "packages")}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0 and "INFO Done." in done.stderr, done.stderr[-3000:]
+def test_show_run(tmp_path, capsys):
+    """On files like those of a run."""
+    tool, output = load_tool("show_run"), tmp_path / "output"
+    output.mkdir()
+    with pytest.raises(SystemExit, match="no metrics.jsonl"):
+        tool.main(output, None)
+    rows = [{"step": step, "loss": 1 / step if step != 3 else None} for step in range(1, 7)]
+    (output / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tool.main(output, tmp_path / "loss.png")
+    assert "Loss over 5 steps" in capsys.readouterr().out
+    for name in ("pytorch_lora_weights.safetensors", "README.md"):
+        (output / name).touch()
+    for step in (3, 12):
+        (output / f"checkpoint-{step}").mkdir()
+        video = output / "validation" / f"test_step-{step:06d}_prompt-0_video-0.mp4"
+        tiny.write_clip(video, tiny.moving_square(9, 64, 96))
+    tool.main(output, tmp_path / "all.png")
+    said = capsys.readouterr().out
+    assert "first fifth 1.0000, last fifth 0.1667 (-83.3%)" in said
+    names = ["metrics.jsonl", "pytorch_lora_weights.safetensors", "video-0.mp4", "video-0.png", "checkpoint-12"]
+    assert all(name in said for name in names) and said.index("checkpoint-3") < said.index("checkpoint-12")
+    assert [path.name for path in output.rglob("*.png")] == ["test_step-000012_prompt-0_video-0.png"]
+    assert Image.open(tmp_path / "all.png").height > Image.open(tmp_path / "loss.png").height
 
 
-def test_show_run(run, tmp_path):
-    output = run(max_train_steps=6, validation_prompt="a red square", num_inference_steps=1, checkpointing_steps=3)
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "show_run.py"), str(output), "--picture", str(tmp_path / "all.png")],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert "Loss over 6 steps" in done.stdout and "first fifth" in done.stdout
-    for name in ("metrics.jsonl", "pytorch_lora_weights.safetensors", "video-0.mp4", "video-0.png", "checkpoint-6"):
-        assert name in done.stdout, name
-    assert (output / "validation" / "test_step-000006_prompt-0_video-0.png").is_file()
-    assert Image.open(tmp_path / "all.png").width == 960
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "show_run.py"), str(ROOT)], capture_output=True, text=True
-    )
-    assert done.returncode == 1 and "no metrics.jsonl" in done.stderr
+def test_the_demo_shows_the_progress_of_its_base_model(capsys, monkeypatch):
+    steps = tiny.show_progress(3, "Training", seconds=0)
+    assert list(steps) == [0, 1, 2]
+    assert [line.split(",")[0] for line in capsys.readouterr().err.splitlines()] == [
+        f"Training: step {step} of 3" for step in (1, 2, 3)
+    ]
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert list(tiny.show_progress(3, "Training")) == [0, 1, 2]
+    assert "3/3" in capsys.readouterr().err
 
 
-def test_nothing_is_defined_inside_a_function_of_the_script(script):
-    """The style of the project: a function is found at the top level, or it is not there."""
+@BOTH
+def test_no_function_of_the_scripts_defines_another(script):
+    """The style of the project: every function and class is at the top level."""
     tree = ast.parse((ROOT / f"{script.__name__}.py").read_text())
     for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
         inside = [node for node in ast.walk(function) if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
         assert inside == [function], function.name
 
 
-def test_args_are_never_written_to(script):
+@BOTH
+def test_args_are_never_changed(script):
     tree = ast.parse((ROOT / f"{script.__name__}.py").read_text())
     for node in ast.walk(tree):
         for target in getattr(node, "targets", [getattr(node, "target", None)]):

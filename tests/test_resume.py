@@ -1,13 +1,19 @@
-"""A resumed run is the run that was stopped, to the bit; checkpoints are complete or not there."""
+"""A resumed run is the run that was stopped, to the bit. Checkpoints are complete, or are not used."""
 
 import json
+import os
+import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
+from conftest import BOTH
+from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import load_file
+from test_interruptions import at_call, checkpoints
+from test_objective import record_inputs
 from test_training import read_metrics, same_tensors
 
 # 5 clips at batch size 1 and accumulation 2: steps end after batches 2, 4 and 5 of an epoch.
@@ -16,12 +22,11 @@ SETTINGS = {
     "random_flip": True, "video_reshape_mode": "random", "lr_scheduler": "cosine", "lr_warmup_steps": 2,
 }  # fmt: skip
 OPTIMIZERS = {
-    "adam": {"optimizer": "adam", "dataloader_num_workers": 2},
     "adamw": {"optimizer": "adamw"},
     "prodigy": {"optimizer": "prodigy", "learning_rate": 1},
-    "8bit": {"optimizer": "adamw", "use_8bit_adam": True, "rank": 128},
+    "8bit": {"use_8bit_adam": True, "rank": 128, "dataloader_num_workers": 2},
 }
-STOPS = {"adam": [2, 3], "adamw": [1, 2, 3, 4, 5, 6, 7], "prodigy": [2, 3], "8bit": [2, 3]}
+STOPS = {"adamw": [1, 2, 3, 4, 5, 6, 7], "prodigy": [3], "8bit": [3]}
 
 
 @pytest.fixture
@@ -43,254 +48,298 @@ def equal(a, b) -> bool:
     return a == b
 
 
-def same_run(script, a: Path, b: Path) -> bool:
+def same_run(script, a: Path, b: Path, last: str) -> bool:
     """LoRA, logged numbers, and all that the last checkpoint holds but the time."""
     rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(output)] for output in (a, b)]
-    last = [script.list_checkpoints(output)[-1] for output in (a, b)]
-    assert last[0].name == last[1].name and rows[0]
+    folders = [output / last for output in (a, b)]
     loaded = [
         {path.name: torch.load(path, weights_only=False) for path in sorted(folder.iterdir()) if path.suffix == ".bin"}
-        for folder in last
+        for folder in folders
     ]
-    assert loaded[0].keys() >= {"optimizer.bin", "scheduler.bin"}
+    assert rows[0] and loaded[0].keys() >= {"optimizer.bin", "scheduler.bin"}
+    states = [json.loads((folder / "training_state.json").read_text()) for folder in folders]
     return (
         rows[0] == rows[1] and equal(*loaded)
         and same_tensors(*(load_file(output / script.LORA_FILE) for output in (a, b)))
-        and same_tensors(*(load_file(folder / script.LORA_FILE) for folder in last))
-        and script.read_training_state(last[0])[1:] == script.read_training_state(last[1])[1:]
+        and same_tensors(*(load_file(folder / script.LORA_FILE) for folder in folders))
+        and states[0]["settings"] == states[1]["settings"] and states[0]["state"] == states[1]["state"]
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_stopped_after_any_step_and_resumed(script, kind, run, five_clips, tmp_path, name):
-    settings = SETTINGS | OPTIMIZERS[name] | {"instance_data_root": five_clips, "precompute_dir": None}
-    if kind == "i2v":
-        settings["noised_image_dropout"] = 0.5
-    whole = run(output_dir=tmp_path / "whole", **settings)
+def check_stops(script, run, five_clips, tmp_path, name, **changes) -> None:
+    settings = SETTINGS | OPTIMIZERS[name] | {"instance_data_root": five_clips, "precompute_dir": None} | changes
+    never_stopped = run(output_dir=tmp_path / "never", **settings)
     for step in STOPS[name]:
         resumed = tmp_path / f"resumed-{step}"
-        shutil.copytree(whole / f"checkpoint-{step}", resumed / f"checkpoint-{step}")
-        shutil.copy(whole / "metrics.jsonl", resumed)  # with the lines of steps that are to be taken again
+        shutil.copytree(never_stopped / f"checkpoint-{step}", resumed / f"checkpoint-{step}")
+        shutil.copy(never_stopped / "metrics.jsonl", resumed)  # with the lines of steps that are taken again
         run(output_dir=resumed, resume_from_checkpoint="latest", **settings)
-        assert same_run(script, whole, resumed), step
+        assert same_run(script, never_stopped, resumed, "checkpoint-7"), step
 
 
-def test_resuming_reads_only_what_is_still_to_come(script, run, five_clips, tmp_path, monkeypatch):
-    """Each clip that the whole run reads after the checkpoint, with its flip; nothing is decoded."""
-    keys = []
-    getitem = script.LatentDataset.__getitem__
-    monkeypatch.setattr(script.LatentDataset, "__getitem__", lambda self, key: keys.append(key) or getitem(self, key))
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_stopped_after_any_step_and_resumed(script, run, five_clips, tmp_path, name):
+    check_stops(script, run, five_clips, tmp_path, name)
+
+
+@pytest.mark.parametrize("script", ["train_cogvideox_image_to_video_lora"], indirect=True)
+def test_stopped_with_image_dropout_and_resumed(script, run, five_clips, tmp_path):
+    check_stops(script, run, five_clips, tmp_path, "adamw", noised_image_dropout=0.5)
+
+
+def test_resuming_reads_only_what_is_still_to_come(run, five_clips, tmp_path, monkeypatch):
+    """What the transformer is given after the checkpoint is what the run that was not stopped gave it."""
+    calls = record_inputs(monkeypatch)
     settings = SETTINGS | {"instance_data_root": five_clips, "precompute_dir": None}
-    whole = run(output_dir=tmp_path / "whole", **settings)
-    read = keys[:]
-    assert len(read) == 13  # 7 steps are 2 epochs of 5 and 2 batches; accelerate looks one ahead
-    monkeypatch.setattr(script, "decode_videos", None)
-    for step, seen in ((1, 2), (3, 5), (5, 9)):
-        keys.clear()
+    never_stopped = run(output_dir=tmp_path / "never", **settings)
+    given = [call["hidden_states"] for call in calls]
+    assert len(given) == 12  # 7 steps are 2 epochs of 5 batches, and 2 batches
+    for step, batches in ((1, 2), (3, 5), (5, 9)):
+        calls.clear()
         resumed = tmp_path / f"resumed-{step}"
-        shutil.copytree(whole / f"checkpoint-{step}", resumed / f"checkpoint-{step}")
+        shutil.copytree(never_stopped / f"checkpoint-{step}", resumed / f"checkpoint-{step}")
         run(output_dir=resumed, resume_from_checkpoint="latest", **settings)
-        assert keys == read[seen:]
+        assert equal([call["hidden_states"] for call in calls], given[batches:])
 
 
+@BOTH
 def test_two_processes_stopped_and_resumed(script, kind, launch, run, five_clips, tmp_path):
-    """One of the two is told to stop, in the middle of an epoch; the run that goes on is the run never stopped."""
+    """One of the two gets a signal, in the middle of an epoch; the resumed run is the run that was not stopped."""
     settings = SETTINGS | {"instance_data_root": five_clips, "precompute_dir": None, "max_train_steps": 5}
     if kind == "i2v":
         settings["noised_image_dropout"] = 0.5
     run(**settings | {"output_dir": tmp_path / "first", "max_train_steps": 1})  # encodes the clips
-    for child in (children := launch(2, output_dir=tmp_path / "whole", **settings)):
+    for child in launch(2, output_dir=tmp_path / "never", **settings):
         assert child.wait() == 0, child.said()[-3000:]
 
-    def stop_one_at_step_2(module):
-        original = module.check_finite
+    def stop_one(_script) -> None:
+        if os.environ["RANK"] == {"t2v": "1", "i2v": "0"}[kind]:  # 3 batches an epoch: the fifth is of step 3
+            send = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+            at_call(CogVideoXTransformer3DModel, "forward", 5, send)
 
-        def check_finite(args, step, *numbers):
-            original(args, step, *numbers)
-            if step == 2 and module.os.environ["RANK"] == {"t2v": "1", "i2v": "0"}[kind]:
-                module.os.kill(module.os.getpid(), module.signal.SIGTERM)
-
-        module.check_finite = check_finite
-
-    children = launch(2, prepare=stop_one_at_step_2, output_dir=tmp_path / "stopped", **settings)
+    children = launch(2, prepare=stop_one, output_dir=tmp_path / "stopped", **settings)
     assert [child.wait() for child in children] == [143, 143]
-    assert "stopped by SIGTERM after step 3" in children[0].said()  # known to both at the end of the step after
-    assert script.list_checkpoints(tmp_path / "stopped")[-1].name == "checkpoint-3"
-    children = launch(2, output_dir=tmp_path / "stopped", resume_from_checkpoint="latest", **settings)
-    for child in children:
+    assert "stopped by SIGTERM after step 3" in children[0].said()
+    assert checkpoints(tmp_path / "stopped")[-1] == "checkpoint-3"
+    for child in launch(2, output_dir=tmp_path / "stopped", resume_from_checkpoint="latest", **settings):
         assert child.wait() == 0, child.said()[-3000:]
-    assert same_run(script, tmp_path / "whole", tmp_path / "stopped")
+    assert same_run(script, tmp_path / "never", tmp_path / "stopped", "checkpoint-5")
     assert len(list((tmp_path / "stopped" / "checkpoint-5").glob("random_states_*.pkl"))) == 2
 
 
+# ---- settings that changed ------------------------------------------------------------------------------------------
+
+
 @pytest.fixture
-def saved(run, tmp_path):
-    return run(output_dir=tmp_path / "saved", max_train_steps=2, checkpointing_steps=1)
+def saved(script, finished):
+    """What resumes a finished run's last checkpoint, and its settings."""
+    folder = finished / "output" / "checkpoint-4"
+    args = script.get_args(["--pretrained_model_name_or_path", "m", "--resume_from_checkpoint", str(folder)])
+    return args, json.loads((folder / "training_state.json").read_text())["settings"]
 
 
-REFUSED = {
-    "rank": ({"rank": 8}, "rank was 4, is 8"),
-    "optimizer": ({"optimizer": "adamw"}, "optimizer was adam, is adamw"),
-    "8bit": ({"use_8bit_adam": True}, "use_8bit_adam was False, is True"),
-}
+REFUSED = {"rank": 8, "optimizer": "adamw", "use_8bit_adam": True, "lora_targets": ["to_q"], "engine": "fsdp2"}
 WARNED = {
-    "alpha": ({"lora_alpha": 4}, "lora_alpha was 2.0, is 4.0: the LoRA is applied at another strength"),
-    "batch": ({"train_batch_size": 1}, "train_batch_size was 2, is 1: the place in the epoch is kept"),
-    "accumulation": ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps was 1, is 2: a step learns"),
-    "size": ({"height": 48}, "height was 64, is 48: the clips have another size"),
-    "frames": ({"max_num_frames": 5}, "max_num_frames was 9, is 5"),
-    "rate": ({"learning_rate": 1e-2}, "learning_rate was 0.001, is 0.01: the checkpoint's stays"),
-}
+    "lora_alpha": 4.0, "train_batch_size": 2, "gradient_accumulation_steps": 1, "height": 48, "learning_rate": 1e-2,
+    "num_clips": 5, "num_processes": 2, "mixed_precision": "bf16",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("changes", "said"), REFUSED.values(), ids=REFUSED)
-def test_checkpoint_that_cannot_be_continued_is_refused(script, run, saved, changes, said, monkeypatch):
-    monkeypatch.setattr(script, "precompute_prompts", None)  # it is refused before that
-    with pytest.raises(script.RunError, match=said) as error:
-        run(output_dir=saved, max_train_steps=3, resume_from_checkpoint="latest", **changes)
-    assert error.value.exit_code == 2 and "checkpoint-2" in str(error.value)
+@pytest.mark.parametrize("name", REFUSED)
+def test_checkpoint_that_does_not_fit_is_refused(script, saved, name):
+    args, settings = saved
+    with pytest.raises(script.RunError, match=rf"checkpoint-4(.|\n)*{name} was .*, is ") as error:
+        script.find_checkpoint(args, settings | {name: REFUSED[name]})
+    assert error.value.exit_code == 2
 
 
-def test_other_target_modules_are_refused(script, run, saved, monkeypatch):
-    monkeypatch.setattr(script, "LORA_TARGETS", ["to_q"])
-    with pytest.raises(script.RunError, match="lora_targets was"):
-        run(output_dir=saved, max_train_steps=3, resume_from_checkpoint="latest")
+def test_changed_settings_are_listed_in_one_warning(script, saved, caplog):
+    args, settings = saved
+    script.find_checkpoint(args, settings)
+    assert caplog.records == []
+    script.find_checkpoint(args, settings | WARNED)
+    (record,) = caplog.records
+    for name, value in WARNED.items():
+        assert f"{name} was {settings[name]}, is {value}" in record.message
 
 
-@pytest.mark.parametrize(("changes", "said"), WARNED.values(), ids=WARNED)
-def test_checkpoint_that_changes_the_run_is_warned_of(run, saved, changes, said, caplog):
-    output = run(output_dir=saved, max_train_steps=3, resume_from_checkpoint="latest", **changes)
-    assert said in caplog.text
+def test_refusal_and_warning_reach_the_command_line(script, run, tmp_path, caplog):
+    output = run(max_train_steps=2, checkpointing_steps=1)
+    with pytest.raises(script.RunError, match="rank was 4, is 8"):
+        run(max_train_steps=3, resume_from_checkpoint="latest", rank=8, precompute_dir=tmp_path / "none")
+    assert not (tmp_path / "none").exists()  # refused before anything is encoded
+    run(max_train_steps=3, resume_from_checkpoint="latest", lora_alpha=4)
+    assert "lora_alpha was 2.0, is 4.0" in caplog.text
     assert [row["step"] for row in read_metrics(output)] == [1, 2, 3]
 
 
-def test_another_number_of_processes_is_warned_of(launch, saved):
-    children = launch(2, output_dir=saved, max_train_steps=3, resume_from_checkpoint="latest")
-    for child in children:
-        assert child.wait() == 0, child.said()[-3000:]
-    assert "num_processes was 1, is 2: the place in the epoch is kept" in children[0].said()
-    assert [row["step"] for row in read_metrics(saved)] == [1, 2, 3]
+def test_place_in_the_epoch_is_kept_for_another_batch_size(run, clips, caplog):
+    """3 clips of 8 are seen; with 2 clips a batch, one batch of the epoch is taken."""
+    for name in ("prompts.txt", "videos.txt"):
+        (clips / name).write_text((clips / name).read_text() * 2)
+    own = {"instance_data_root": clips, "precompute_dir": None}
+    run(**own, train_batch_size=1, max_train_steps=3)
+    caplog.set_level("INFO")
+    run(**own, train_batch_size=2, max_train_steps=4, resume_from_checkpoint="latest")
+    assert "step 3, epoch 1, batch 1 of it" in caplog.text
 
 
-def test_settings_that_fit_are_not_warned_of(run, saved, caplog):
-    run(output_dir=saved, max_train_steps=3, resume_from_checkpoint="checkpoint-1", checkpointing_steps=2)
-    assert "in another way" not in caplog.text
+# ---- complete, or not used ------------------------------------------------------------------------------------------
 
 
-def test_place_in_the_epoch_is_kept_for_another_batch_size(script, monkeypatch, tmp_path):
-    """8 clips seen, in 4 batches of 2: 8 batches of 1, or 2 of 2 processes with 2 each."""
-    settings = {"train_batch_size": 2, "num_processes": 1}
-    state = {"seed": 0, "step": 4, "epoch": 1, "batch": 4}
-    (tmp_path / "training_state.json").write_text(json.dumps({"saved_at": 0, "settings": settings, "state": state}))
+def test_the_last_step_writes_a_checkpoint_and_training_can_continue(script, run, tmp_path):
+    output = run(max_train_steps=3)  # --checkpointing_steps is 500
+    assert checkpoints(output) == ["checkpoint-3"]
+    run(max_train_steps=5, resume_from_checkpoint="latest")
+    at_once = run(max_train_steps=5, output_dir=tmp_path / "at once")
+    assert checkpoints(output) == ["checkpoint-3", "checkpoint-5"]
+    assert same_tensors(*(load_file(folder / script.LORA_FILE) for folder in (output, at_once)))
 
-    read = []
-    monkeypatch.setattr(script, "read_state", lambda *arguments: read.append(arguments))
-    Accelerator()  # random generators are seeded by its process
-    for size, processes, batch in ((1, 1, 8), (2, 2, 2), (3, 1, 2), (2, 1, 4)):
-        now = {"train_batch_size": size, "num_processes": processes}
-        state = script.resume("accelerator", "prepared", tmp_path, now)
-        assert (state.step, state.epoch, state.batch) == (4, 1, batch)
-    assert read == 4 * [("accelerator", "prepared", tmp_path)]
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("left", ["checkpoint-2", "metrics.jsonl", "pytorch_lora_weights.safetensors"])
+def test_folder_of_an_earlier_run_is_refused(script, run, finished, tmp_path, left):
+    """Whatever is left of the run; nothing in the folder changes."""
+    output = tmp_path / "earlier"
+    output.mkdir()
+    source = finished / "output" / left
+    (shutil.copytree if source.is_dir() else shutil.copy)(source, output / left)
+    before = content(output)
+    with pytest.raises(script.RunError, match=f"has a run already .*{left}.*--resume_from_checkpoint latest") as error:
+        run(output_dir=output, checkpoints_total_limit=1)
+    assert error.value.exit_code == 2 and "another --output_dir" in str(error.value)
+    assert content(output) == before
+
+
+def test_latest_starts_where_there_is_no_checkpoint(script, run, tmp_path, caplog):
+    caplog.set_level("INFO")
+    output = run(output_dir=tmp_path / "new", max_train_steps=1, resume_from_checkpoint="latest")
+    assert "so this is a fresh start" in caplog.text and checkpoints(output) == ["checkpoint-1"]
+    shutil.rmtree(output / "checkpoint-1")
+    with pytest.raises(script.RunError, match="has a run already"):  # its LoRA would be overwritten
+        run(output_dir=output, max_train_steps=1, resume_from_checkpoint="latest")
+
+
+DAMAGES = {"optimizer.bin": "empty", "scheduler.bin": "missing", "random_states_0.pkl": "empty"}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_latest_passes_over_a_damaged_checkpoint(script, finished, tmp_path, caplog, name):
+    output = tmp_path / "output"
+    for number in (2, 4):
+        shutil.copytree(finished / "output" / f"checkpoint-{number}", output / f"checkpoint-{number}")
+    if DAMAGES[name] == "empty":
+        (output / "checkpoint-4" / name).write_bytes(b"")
+    else:
+        (output / "checkpoint-4" / name).unlink()
+    words = ["--pretrained_model_name_or_path", "m", "--output_dir", str(output), "--resume_from_checkpoint"]
+    settings = {"engine": "replicated"}
+    assert script.find_checkpoint(script.get_args([*words, "latest"]), settings) == output / "checkpoint-2"
+    assert re.search(rf"checkpoint-4 is damaged and passed over: {name}", caplog.text)
+    with pytest.raises(script.RunError, match="--resume_from_checkpoint checkpoint-4: no complete checkpoint"):
+        script.find_checkpoint(script.get_args([*words, "checkpoint-4"]), settings)
+
+
+def test_checkpoint_is_on_the_disk_before_it_has_its_name(run, monkeypatch):
+    """Each file, training_state.json too, and the folder that names them are synchronised before the rename."""
+    synced, fsync, replace, renamed = {}, os.fsync, os.replace, []
+
+    def spy_fsync(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced[path] = path.stat().st_size
+        fsync(descriptor)
+
+    def spy_replace(source, target):
+        if Path(target).name == "checkpoint-1":
+            files = [path for path in Path(source).iterdir() if path.is_file()]
+            assert len(files) > 4 and "training_state.json" in {path.name for path in files}
+            assert Path(source).absolute() in synced
+            for path in files:
+                assert synced[path.absolute()] == path.stat().st_size, path
+            renamed.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    monkeypatch.setattr(os, "replace", spy_replace)
+    run(max_train_steps=1)
+    assert len(renamed) == 1
 
 
 class Kill(BaseException):
-    """Stands for SIGKILL: nothing catches it, nothing is tidied up after it."""
+    """Stands for SIGKILL: nothing catches it, and every later call to the file system fails too."""
 
 
-FILES = ("a.bin", "b.bin", "c.bin")
+@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_at_any_call_of_writing_replacing_or_pruning(script, run, flags, tmp_path, monkeypatch, step):
+    """Checkpoints 2 and 3 are there, 2 is resumed and 3 is replaced, one is to be kept. Whatever call the kill comes
+    at, `latest` finds a complete checkpoint, and the next start ends as if there had been no kill."""
+    base = run(max_train_steps=3, checkpointing_steps=2, output_dir=tmp_path / "base")
+    expected = load_file(base / script.LORA_FILE)
+    (base / script.LORA_FILE).unlink()
+    settings = {"max_train_steps": 3, "checkpointing_steps": 1, "checkpoints_total_limit": 1}
+    for calls in range(0, 150, step):
+        output = tmp_path / f"killed-{calls}"
+        shutil.copytree(base, output)
+        left = {"calls": calls}
+
+        def deadly(original, left=left):
+            def call(*arguments, **keywords):
+                left["calls"] -= 1
+                if left["calls"] < 0:
+                    raise Kill
+                return original(*arguments, **keywords)
+
+            return call
+
+        try:
+            with monkeypatch.context() as patch:
+                for name in ("replace", "unlink", "rmdir", "fsync"):
+                    patch.setattr(os, name, deadly(getattr(os, name)))
+                run(output_dir=output, resume_from_checkpoint="checkpoint-2", **settings)
+            break
+        except Kill:
+            pass
+        args = script.get_args(flags(output_dir=output, resume_from_checkpoint="latest"))
+        found = script.find_checkpoint(args, {"engine": "replicated"})
+        assert found in (output / "checkpoint-2", output / "checkpoint-3")
+        if calls % 6 == 0:
+            run(output_dir=output, resume_from_checkpoint="latest", **settings)
+            assert same_tensors(load_file(output / script.LORA_FILE), expected)
+            assert set(checkpoints(output)) == {path.name for path in output.glob("*checkpoint*")} >= {"checkpoint-3"}
+    assert calls > 10
 
 
-def write_checkpoint(script, args, step: int) -> None:
-    folder = Path(args.output_dir) / f"checkpoint-{step}"
-    partial = folder.with_name(f".{folder.name}.partial")
-    partial.mkdir(parents=True)
-    for name in FILES:
-        (partial / name).write_text(str(step))
-    script.publish_checkpoint(args, partial, folder, script.TrainingState(seed=0, step=step), {})
-
-
-def complete_checkpoints(script, args) -> list[str]:
-    """Those that the script takes for complete; each must be so."""
-    found = script.list_checkpoints(Path(args.output_dir))
-    assert all((folder / name).read_text() for folder in found for name in FILES)
-    return [folder.name for folder in found]
-
-
-def kill_after(calls: int, script, patch) -> None:
-    """Let that many calls that change the file system pass, then raise Kill at each."""
-    left = {"calls": calls}
-
-    def deadly(original):
-        def call(*arguments, **keywords):
-            left["calls"] -= 1
-            if left["calls"] < 0:
-                raise Kill
-            return original(*arguments, **keywords)
-
-        return call
-
-    for name in ("replace", "unlink", "rmdir"):
-        patch.setattr(script.os, name, deadly(getattr(script.os, name)))
-
-
-@pytest.mark.parametrize("last", [3, 4], ids=["replacing", "new"])
-def test_killed_at_any_call_of_writing_or_pruning(script, flags, tmp_path, monkeypatch, last):
-    """Checkpoints 1 to 3 were written, 2 are to be kept: whatever call the kill comes at, 2 complete ones stay, none
-    is taken for one that is not whole, and the next start tidies up."""
-    args = script.get_args(flags(checkpoints_total_limit=2, output_dir=tmp_path / "output"))
-    for calls in range(30):
-        shutil.rmtree(tmp_path / "output", ignore_errors=True)
-        for step in (1, 2, 3):
-            write_checkpoint(script, args, step)
-        assert complete_checkpoints(script, args) == ["checkpoint-2", "checkpoint-3"]
-        with monkeypatch.context() as patch:
-            kill_after(calls, script, patch)
-            try:
-                write_checkpoint(script, args, last)
-                break
-            except Kill:
-                pass
-        assert len(complete_checkpoints(script, args)) >= 2
-        script.clean_up(tmp_path / "output")
-        found = complete_checkpoints(script, args)
-        assert len(found) >= 2 and set(found) == {path.name for path in (tmp_path / "output").iterdir()}
-        assert found[-1] in ("checkpoint-3", f"checkpoint-{last}")
-    assert calls > 5
-
-
-def test_limit_holds_though_the_clock_is_set_back(script, flags, tmp_path, monkeypatch):
-    args = script.get_args(flags(checkpoints_total_limit=1, output_dir=tmp_path / "output"))
-    clock = iter([1e9, 5e8, 4e8])
+def test_limit_holds_though_the_clock_is_set_back(run, monkeypatch, script):
+    clock = iter(range(10**9, 0, -1000))
     monkeypatch.setattr(script.time, "time", lambda: next(clock))
-    for step in (1, 2, 3):
-        folder = tmp_path / "output" / f"checkpoint-{step}"
-        partial = folder.with_name(f".{folder.name}.partial")
-        partial.mkdir(parents=True)
-        script.publish_checkpoint(args, partial, folder, script.TrainingState(seed=0, step=step), {})
-        assert script.list_checkpoints(tmp_path / "output") == [folder]
+    assert checkpoints(run(max_train_steps=3, checkpointing_steps=1, checkpoints_total_limit=1)) == ["checkpoint-3"]
 
 
-def test_weights_that_are_not_finite_are_not_saved(script, run, monkeypatch, tmp_path):
+def test_metrics_continue_after_a_line_that_a_kill_cut_off(run):
+    output = run(max_train_steps=2)
+    with (output / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "loss": 1}\n{"st')
+    run(max_train_steps=4, resume_from_checkpoint="latest")
+    assert [row["step"] for row in read_metrics(output)] == [1, 2, 3, 4]
+
+
+def test_weights_that_are_not_finite_are_not_saved(script, run, monkeypatch):
     """The loss and gradients of step 2 are finite, what the optimizer makes of them is not."""
-    get_optimizer = script.get_optimizer
+    step, counts = torch.optim.Adam.step, []
 
-    def breaking(args, groups, **keywords):
-        optimizer = get_optimizer(args, groups, **keywords)
-        counts = {"steps": 0}
+    def breaking(self, *arguments, **keywords):
+        result = step(self, *arguments, **keywords)
+        counts.append(None)
+        if len(counts) == 2:
+            with torch.no_grad():
+                self.param_groups[0]["params"][3][0, 0] = float("inf")
+        return result
 
-        def look(*_):
-            counts["steps"] += 1
-            if counts["steps"] == 2:
-                with torch.no_grad():
-                    groups[0]["params"][3][0, 0] = float("inf")
-
-        optimizer.register_step_post_hook(look)
-        return optimizer
-
-    monkeypatch.setattr(script, "get_optimizer", breaking)
-    for steps in (2, 5):
-        with pytest.raises(script.RunError, match="step 2: weights of the LoRA are not finite") as error:
-            run(output_dir=tmp_path / f"{steps}", max_train_steps=steps, checkpointing_steps=1)
-        assert error.value.exit_code == 3
-        assert [folder.name for folder in script.list_checkpoints(tmp_path / f"{steps}")] == ["checkpoint-1"]
-        assert not (tmp_path / f"{steps}" / script.LORA_FILE).exists()
+    monkeypatch.setattr(torch.optim.Adam, "step", breaking)
+    with pytest.raises(script.RunError, match="step 2: weights of the LoRA are not finite") as error:
+        run(max_train_steps=5, checkpointing_steps=1)
+    assert error.value.exit_code == 3 and checkpoints(Path("output")) == ["checkpoint-1"]
+    assert not (Path("output") / script.LORA_FILE).exists()

@@ -2,13 +2,16 @@
 
     python tests/tiny.py FOLDER [--kind i2v]
 
-writes what the demo needs: FOLDER/model, whose transformer was trained for half a minute to make squares in four
-colors, and FOLDER/clips, white squares that it has not seen; for image-to-video also FOLDER/images, first frames.
+writes what the demo needs: FOLDER/model, whose transformer was trained for a minute to make squares in four colors,
+and FOLDER/clips, with white squares that it has not seen; for image-to-video also FOLDER/images, with first frames.
 """
 
 import argparse
 import io
 import json
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import imageio
@@ -17,6 +20,7 @@ import sentencepiece
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel, DiffusionPipeline
 from PIL import Image
+from tqdm import tqdm
 from transformers import T5Config, T5EncoderModel
 
 COLORS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 80, 230), "yellow": (230, 210, 40)}
@@ -55,10 +59,11 @@ def make_tokenizer(folder: Path) -> None:
 def make_vae(**overrides) -> AutoencoderKLCogVideoX:
     """A VAE that works without training: a latent pixel is the mean of its 4 x 8 x 8 pixels, decoding repeats it.
 
-    The first three latent channels are red, green and blue, the fourth is their mean. Written into the real
-    architecture: in the encoder, groups of four channels (x, -x, K, -K) pass the group norm almost unchanged since the
-    large K rules its variance; silu(x) - silu(-x) = x undoes the activation. In the decoder, the last norm is
-    conditioned on the latents themselves, and does it all.
+    The first three latent channels are red, green and blue, the fourth is their mean. The weights of the real
+    architecture are set so that it computes this. In the encoder, groups of four channels (x, -x, K, -K) pass the
+    group norm almost unchanged, since the large K determines its variance; silu(x) - silu(-x) = x undoes the
+    activation. In the decoder, the last norm is conditioned on the latents themselves; only it and the last
+    convolution matter.
     """
     torch.manual_seed(0)
     vae = AutoencoderKLCogVideoX(
@@ -66,7 +71,7 @@ def make_vae(**overrides) -> AutoencoderKLCogVideoX:
         down_block_types=("CogVideoXDownBlock3D",) * 4,
         up_block_types=("CogVideoXUpBlock3D",) * 4,
         latent_channels=4,
-        layers_per_block=1,
+        layers_per_block=0,  # the fewest convolutions, which are most of the time of a short run
         norm_num_groups=3,
         sample_height=96,  # tiles of 48 x 80 pixels: sizes that --enable_tiling puts together without a seam
         sample_width=160,
@@ -76,7 +81,7 @@ def make_vae(**overrides) -> AutoencoderKLCogVideoX:
     large = 30.0
     with torch.no_grad():
         for name, module in encoder.named_modules():
-            if name.endswith("conv2.conv"):  # a residual block adds nothing
+            if name.endswith("conv2.conv"):  # a residual block (of the middle) adds nothing
                 module.weight.zero_(), module.bias.zero_()
             if name.endswith("downsamplers.0.conv"):  # mean of 2 x 2
                 module.weight.zero_(), module.bias.zero_()
@@ -131,10 +136,10 @@ def make_scheduler() -> CogVideoXDDIMScheduler:
 def make_model(
     folder: Path, kind: str = "t2v", rotary: bool = True, vae_overrides: dict | None = None, **transformer_overrides
 ) -> Path:
-    """A whole CogVideoX in `folder`, as `save_pretrained` lays it out, small enough to train on a CPU in seconds.
+    """A complete CogVideoX in `folder`, in the layout of `save_pretrained`, small enough to train on a CPU in seconds.
 
-    `kind` is t2v or i2v; 5B-I2V has use_learned_positional_embeddings=True. The VAE works, the transformer and the
-    text encoder are random.
+    `kind` is t2v or i2v; 5B-I2V has use_learned_positional_embeddings=True. The VAE works; the transformer and the
+    text encoder have random weights.
     """
     make_tokenizer(folder / "tokenizer")
     torch.manual_seed(0)
@@ -162,7 +167,7 @@ def make_model(
 
 
 def moving_square(num_frames: int, height: int, width: int, color=(220, 40, 40), way: str = "right") -> np.ndarray:
-    """A square that crosses a dark frame once: uint8 [F, H, W, C]."""
+    """A square that moves once across a dark frame: uint8 [F, H, W, C]."""
     frames = np.full((num_frames, height, width, 3), 24, dtype=np.uint8)
     side = min(height, width) // 3
     for index, frame in enumerate(frames):
@@ -178,7 +183,7 @@ def moving_square(num_frames: int, height: int, width: int, color=(220, 40, 40),
 
 
 def write_clip(path: Path, frames: np.ndarray, fps: float = 8) -> Path:
-    """Write uint8 [F, H, W, C] as H.264. (Lossy, 4:2:0: pixels come back close, not equal.)"""
+    """Write uint8 [F, H, W, C] as H.264. (Lossy, 4:2:0: decoded pixels are close to these, not equal.)"""
     path.parent.mkdir(parents=True, exist_ok=True)
     with imageio.get_writer(str(path), fps=fps, macro_block_size=1, quality=9, ffmpeg_log_level="error") as writer:
         for frame in frames:
@@ -203,9 +208,24 @@ def make_clips(
     return folder
 
 
+def show_progress(steps: int, name: str, seconds: float = 10) -> Iterator[int]:
+    """range(steps), with a bar on a terminal, else with a line every `seconds` seconds."""
+    if sys.stderr.isatty():
+        yield from tqdm(range(steps), desc=name, unit="step")
+        return
+    started = last = time.monotonic()
+    for step in range(steps):
+        yield step
+        now = time.monotonic()
+        if now - last >= seconds:
+            left = (now - started) / (step + 1) * (steps - step - 1)
+            print(f"{name}: step {step + 1} of {steps}, about {left:.0f} s left", file=sys.stderr, flush=True)
+            last = now
+
+
 def pretrain(folder: Path, steps: int, batch_size: int = 16, learning_rate: float = 2e-3) -> None:
-    """Train all of the transformer of the model in `folder` on squares in COLORS, so that a LoRA has something to
-    build on: plain v-prediction on exact latents, with the captions' embeddings."""
+    """Train the whole transformer of the model in `folder` on squares in COLORS, so that a LoRA has a base that can do
+    something: plain v-prediction on exact latents, with the captions' embeddings."""
     pipe = DiffusionPipeline.from_pretrained(folder)
     transformer, config = pipe.transformer.train(), pipe.transformer.config
     takes_image = config.in_channels == 2 * pipe.vae.config.latent_channels
@@ -225,7 +245,7 @@ def pretrain(folder: Path, steps: int, batch_size: int = 16, learning_rate: floa
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     torch.manual_seed(0)
-    for _ in range(steps):
+    for _ in show_progress(steps, "Training the base model"):
         chosen = torch.randint(0, len(latents), (batch_size,))
         noise, timesteps = torch.randn_like(latents[chosen]), torch.randint(0, 1000, (batch_size,))
         velocity = pipe.scheduler.get_velocity(latents[chosen], noise, timesteps)
@@ -253,7 +273,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kind", choices=["t2v", "i2v"], default="t2v")
-    parser.add_argument("--steps", type=int, default=600, help="of training the base model")
+    parser.add_argument("--steps", type=int, default=600, help="training steps of the base model")
     arguments = parser.parse_args()
     print(f"Making a tiny CogVideoX ({arguments.kind}) and four clips in {arguments.folder}", flush=True)
     size = {"num_attention_heads": 4, "num_layers": 3, "time_embed_dim": 64, "max_text_seq_length": 32}
