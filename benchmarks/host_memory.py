@@ -2,9 +2,9 @@
 
     python benchmarks/host_memory.py [--kind i2v]
 
-Runs the text-to-video or the image-to-video script on a tiny model, with 4 and with 24 clips made here, each in a
-process of its own, and prints the peak resident memory of both (the kernel's own figure, of the process and of its
-decoding workers) and the difference a clip. Takes a quarter of an hour and more on 2 cores.
+Runs the text-to-video or the image-to-video script on a tiny model, with 4 and with 24 generated clips, each run in a
+process of its own. Prints the peak resident memory of both (as the kernel counts it, for the process and for its
+decoding workers) and the growth per clip. Takes more than a quarter of an hour on 2 cores.
 """
 
 import argparse
@@ -23,7 +23,7 @@ SCRIPTS = {"t2v": "train_cogvideox_lora", "i2v": "train_cogvideox_image_to_video
 
 
 def measure(kind: str, model: Path, clips: Path, output: Path, workers: int) -> tuple[float, float, float]:
-    """Peak resident MB of a training process, of its largest worker, and its seconds."""
+    """Peak resident MB of a training process and of its largest worker, and the seconds that the run took."""
     command = [sys.executable, __file__, "--child", kind, str(model), str(clips), str(output), str(workers)]
     started = time.perf_counter()
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
@@ -67,7 +67,7 @@ def main() -> None:
             peaks[count] = own
             print(f"{count:3} clips: peak {own:.0f} MB, largest worker {worker:.0f} MB, {seconds:.0f} s", flush=True)
         growth = (peaks[args.many] - peaks[args.few]) / (args.many - args.few)
-        print(f"growth: {growth:.1f} MB a clip")
+        print(f"growth: {growth:.1f} MB per clip")
 
 
 if __name__ == "__main__":

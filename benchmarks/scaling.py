@@ -1,11 +1,11 @@
-"""How a step's cost grows with the number of processes: steps a second, and what a process sends for each step.
+"""How the cost of a step grows with the number of processes: steps per second, and the bytes that a process sends.
 
     python benchmarks/scaling.py [--kind i2v] [--processes 1 2] [--rank 256]   measured, on a small model
     python benchmarks/scaling.py --paper                                       computed, for 2B and 5B on many GPUs
 
-The first runs the script with torchrun on a model and clips made here, batch 1 a process, one thread each. Bytes are
-the kernel's count of the loopback interface; a ring all-reduce sends 2 (n - 1) / n times the gradients from each of n
-processes. Both tables are in benchmarks/README.md.
+The first command runs the script with torchrun on a generated model and clips, with batch size 1 and one thread per
+process. Bytes are what the kernel counts on the loopback interface; a ring all-reduce sends 2 (n - 1) / n times the
+gradients from each of n processes. The tables are in benchmarks/README.md and in README.md.
 """
 
 import argparse
@@ -22,17 +22,17 @@ from statistics import median
 
 from host_memory import ROOT, SCRIPTS
 
-FIRST, LAST = 20, 120  # steps between which it is measured
+FIRST, LAST = 20, 120  # the measurement is between these steps
 
 
 def bytes_sent() -> int:
-    """Through the loopback interface, since the machine started; from /proc/net/dev."""
+    """Bytes sent through the loopback interface since the machine started, from /proc/net/dev."""
     (line,) = [line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:")]
     return int(line.split(":")[1].split()[8])
 
 
 def measure(kind: str, processes: int, rank: int, model: Path, folder: Path) -> dict:
-    """Runs until step LAST; returns seconds a step, bytes a step and process, and the LoRA's parameters."""
+    """Runs until step LAST. Returns the seconds per step, bytes per step and process, and bytes of the gradients."""
     output = folder / f"output-{processes}"
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29641",
@@ -64,24 +64,24 @@ def measure(kind: str, processes: int, rank: int, model: Path, folder: Path) -> 
 
 
 SIZES = {"2B": {"num_attention_heads": 30, "num_layers": 30}, "5B": {"num_attention_heads": 48, "num_layers": 42}}
-TOKENS = 226 + 13 * 30 * 45  # of a prompt and of 49 x 480 x 720
-FLOPS = 4e14  # a second and GPU: what an H100 does in bf16, at 40 % of its peak
-LINKS = {  # GPUs, and the bytes a second that an all-reduce gets of the slowest link between them, one way
+TOKENS = 226 + 13 * 30 * 45  # of a prompt and of a clip of 49 x 480 x 720
+FLOPS = 4e14  # per second and GPU: an H100 in bf16 at 40 % of its peak
+LINKS = {  # number of GPUs, and bytes per second of an all-reduce over the slowest link between them, one way
     "8 GPUs, NVLink": (8, 300e9), "8 GPUs, PCIe 4": (8, 20e9), "64 GPUs, 100 Gb/s Ethernet": (64, 10e9)
 }  # fmt: skip
 
 
 def step_flops(width: int, layers: int) -> float:
-    """Of a step with recomputation: two forward passes, and a backward pass in which the frozen base needs no
-    gradients of its weights. A token costs 12 width^2 multiplications a layer in linear layers, attention 2 tokens x
-    width."""
+    """Operations of a step with recomputation: two forward passes, and a backward pass that computes no gradients of
+    the frozen base's weights. Per layer, a token costs 12 width^2 multiplications in the linear layers and 2 tokens x
+    width in attention."""
     linear = 2 * 12 * width**2 * layers * TOKENS
     attention = 4 * TOKENS**2 * width * layers
     return 2 * (linear + attention) + linear + 2.5 * attention
 
 
 def on_paper() -> None:
-    """Computation against communication: the models are built without weights, by the script's own functions."""
+    """The time of computation and of communication; the models are built without weights, the LoRA by the script."""
     import torch
     from diffusers import CogVideoXTransformer3DModel
 
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=SCRIPTS, default="t2v")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rank", type=int, default=256)
-    parser.add_argument("--paper", action="store_true", help="compute in place of measuring")
+    parser.add_argument("--paper", action="store_true", help="compute the cost instead of measuring it")
     args = parser.parse_args()
     if args.paper:
         return on_paper()
@@ -117,7 +117,7 @@ def main() -> None:
         folder = Path(folder)
         model = tiny.make_model(folder / "model", args.kind, num_layers=4)
         tiny.make_clips(folder / "clips", 8, num_frames=17, height=96, width=128)
-        print("| processes | steps/s | clips/s | sent a step and process | LoRA's gradients |\n" + "|---" * 5 + "|")
+        print("| processes | steps/s | clips/s | sent per step and process | LoRA's gradients |\n" + "|---" * 5 + "|")
         for processes in args.processes:
             found = measure(args.kind, processes, args.rank, model, folder)
             rate = 1 / found["seconds"]

@@ -1,9 +1,9 @@
-"""Whether the processes of a launch reach each other, and how fast: for a training on several machines that hangs.
+"""Check whether the processes of a launch reach each other, and how fast: for a training that hangs at its start.
 
-    CHECK=1 … bash scripts/train_multi_node.sh        or any `accelerate launch … tools/check_machines.py`
+    CHECK=1 ... bash scripts/train_multi_node.sh        or any `accelerate launch ... tools/check_machines.py`
 
-Each process says where it is, then all of them add up a tensor of the size of a LoRA's gradients. What can't be
-reached ends in a message after a minute instead of ten.
+Each process prints where it runs. Then all of them add up a tensor of the size of a LoRA's gradients. If a process is
+not reached, a message says so after a minute.
 """
 
 import os
@@ -16,18 +16,22 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 
-SECONDS = 60
+SECONDS = 60  # to wait for the other processes
 MEGABYTES = 256  # about the gradients of rank 64 for the 5B
-ADVICE = """Look at: the same MASTER_ADDR and MASTER_PORT everywhere, and meaning the first machine (not 127.0.0.1) \
-on each of them; a firewall between them (all ports are needed, not that one alone); NODE_RANK 0, 1, … once each; as \
-many machines started as NODES says; on machines with several networks NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME."""
+ADVICE = """Check these:
+- MASTER_ADDR and MASTER_PORT are the same on all machines; the address is the first machine's on each (not 127.0.0.1)
+- no firewall is between the machines: all ports are needed, not only this one
+- each machine has its own NODE_RANK: 0, 1, ...
+- as many machines were started as NODES says
+- the machines can resolve each other's host names (if they cannot: RESTARTS=0)
+- on machines with several networks, NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the one to use"""
 
 
 def check() -> None:
-    """Prints what it finds. Raises RuntimeError where processes don't find each other."""
+    """Prints the result. Raises RuntimeError if processes do not reach each other."""
     rank, count = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    print(f"process {rank} of {count} on {socket.gethostname()}: looking for the others at {where}", flush=True)
+    print(f"process {rank} of {count} on {socket.gethostname()}: connecting to the others at {where}", flush=True)
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=SECONDS))])
     hosts = gather_object([socket.gethostname()])
     gradients = torch.ones(MEGABYTES * 2**20 // 4, device=accelerator.device)  # fp32
@@ -39,16 +43,20 @@ def check() -> None:
     if total != accelerator.num_processes:
         raise RuntimeError(f"the sum of {accelerator.num_processes} ones is {total}")
     if accelerator.is_main_process:
-        best = min(seconds[1:])  # the first one sets up the connections
+        best = min(seconds[1:])  # the first reduction also sets up the connections
         names = sorted(set(hosts))
         print(f"{len(hosts)} processes on {len(names)} machines reach each other: {', '.join(names)}")
         print(f"{MEGABYTES} MB added up over all of them, {accelerator.device.type}: {best:.3f} s")
     accelerator.end_training()
 
 
-if __name__ == "__main__":
+def main() -> None:
     try:
         check()
-    except RuntimeError as error:  # torch's errors of communication are of this kind
+    except RuntimeError as error:  # torch's communication errors are RuntimeErrors
         print(f"{socket.gethostname()}: {error}\n{ADVICE}", file=sys.stderr, flush=True)
-        os._exit(1)  # without waiting for those that are not there
+        os._exit(1)  # end at once: the normal exit would wait for the other processes
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The training of `make demo`: a tiny model of KIND t2v or i2v on a few moving squares, through accelerate launch.
-# DEMO names the folder that holds model/, clips/ and (i2v) images/, and will hold output/.
+# The training of `make demo`: a LoRA of a tiny model (KIND t2v or i2v) on a few clips of moving squares.
+# DEMO is the folder that has model/, clips/ and, for i2v, images/. The result is written to its output/.
 set -euo pipefail
 
 case ${KIND:-t2v} in
@@ -8,7 +8,7 @@ case ${KIND:-t2v} in
          images=() ;;
     i2v) script=train_cogvideox_image_to_video_lora.py
          images=(--validation_images "$DEMO/images/right.png:::$DEMO/images/down.png") ;;
-    *) echo "KIND is t2v or i2v, not $KIND" >&2; exit 2 ;;
+    *) echo "KIND must be t2v or i2v, not $KIND" >&2; exit 2 ;;
 esac
 config=accelerate_configs/cpu.yaml
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then

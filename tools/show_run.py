@@ -1,10 +1,10 @@
-"""Show what a training run left in its output folder: the files, the loss curve, the videos.
+"""Show the result of a training run: the loss over the steps, the videos, the files.
 
     python tools/show_run.py OUTPUT_DIR [--picture FILE.png]
 
-Reads metrics.jsonl and lists the rest; needs no GPU and loads no model. For each video of the last validation it
-writes a contact sheet beside it (PNG, frames from left to right), for a look without a player. --picture puts the loss
-curve of the card and these sheets into one.
+Needs no GPU and loads no model. The loss is printed as a row of bars. For each video of the last validation, a contact
+sheet (PNG, frames from left to right) is written beside it. --picture draws the loss over the steps and puts these
+sheets below it.
 """
 
 import argparse
@@ -14,38 +14,64 @@ from pathlib import Path
 
 import decord
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 BARS = "▁▂▃▄▅▆▇█"
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """One dict an optimizer step: step, loss, lr, grad_norm, seconds."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """One dict for each optimizer step that has a loss: step, loss, lr, grad_norm, seconds."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [row for row in rows if row["loss"] is not None]
 
 
-def loss_curve(losses: list[float], width: int = 60) -> str:
-    """Means of up to `width` equal stretches of the run, as a row of bars from its lowest to its highest."""
-    stretches = np.array_split(np.array(losses, dtype=float), min(width, len(losses)))
-    means = np.array([stretch.mean() for stretch in stretches])
+def mean_losses(rows: list[dict], count: int) -> np.ndarray:
+    """Means over `count` equal parts of the run, or fewer if it has fewer steps."""
+    losses = np.array([row["loss"] for row in rows], dtype=float)
+    return np.array([part.mean() for part in np.array_split(losses, min(count, len(losses)))])
+
+
+def loss_bars(rows: list[dict], width: int = 60) -> str:
+    """The loss over the steps as a row of bars, from the lowest mean to the highest."""
+    means = mean_losses(rows, width)
     low, high = means.min(), means.max()
     levels = ((means - low) / max(high - low, 1e-12) * (len(BARS) - 1)).round().astype(int)
     return "".join(BARS[level] for level in levels)
 
 
-def first_and_last(losses: list[float]) -> tuple[float, float]:
-    """Mean loss of the run's first and last fifth: single steps differ by the noise level that they drew."""
+def first_and_last(rows: list[dict]) -> tuple[float, float]:
+    """Mean loss of the first and of the last fifth of the run; a single loss depends on its noise level."""
+    losses = [row["loss"] for row in rows]
     part = max(1, len(losses) // 5)
     return float(np.mean(losses[:part])), float(np.mean(losses[-part:]))
 
 
+def draw_loss(rows: list[dict]) -> Image.Image:
+    """The loss over the steps as a picture of 800 x 320."""
+    means = mean_losses(rows, 100)
+    low, high = means.min(), means.max()
+    left, right, top, bottom = 70, 780, 30, 280
+    x = np.linspace(left, right, len(means))
+    y = bottom - (means - low) / max(high - low, 1e-12) * (bottom - top)
+    picture = Image.new("RGB", (800, 320), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
+    for height, value in ((top, high), (bottom, low)):
+        draw.line([(left, height), (right, height)], "#cccccc")
+        draw.text((left - 8, height), f"{value:.3g}", "black", font, anchor="rm")
+    for side, row in ((left, rows[0]), (right, rows[-1])):
+        draw.text((side, bottom + 18), f"step {row['step']}", "black", font, anchor="lm" if side == left else "rm")
+    draw.text(((left + right) / 2, bottom + 18), "loss", "black", font, anchor="mm")
+    draw.line(list(zip(x, y, strict=True)), "#1f77b4", width=3)
+    return picture
+
+
 def contact_sheet(video: Path, columns: int = 5) -> Path:
-    """Frames spread over the video, side by side, as a PNG beside it."""
+    """Write frames spread over the video, side by side, as a PNG beside it."""
     reader = decord.VideoReader(str(video))
     indices = np.linspace(0, len(reader) - 1, min(columns, len(reader))).round().astype(int).tolist()
     sheet = np.concatenate(list(reader.get_batch(indices).asnumpy()), axis=1)  # [H, W * columns, C]
     picture = Image.fromarray(sheet)
-    if picture.width < 960:  # a tiny model's video
+    if picture.width < 960:  # a video of a tiny model
         factor = 960 // picture.width
         picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     path = video.with_suffix(".png")
@@ -54,7 +80,7 @@ def contact_sheet(video: Path, columns: int = 5) -> Path:
 
 
 def last_validation(folder: Path) -> list[Path]:
-    """The videos of the latest step that has any."""
+    """The videos of the last step that has any."""
     by_step: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*_step-*.mp4")):
         by_step.setdefault(path.name.split("_step-")[1].split("_")[0], []).append(path)
@@ -65,26 +91,25 @@ def size(path: Path) -> str:
     return f"{path.stat().st_size / 1024:,.0f} KiB"
 
 
-def put_together(pictures: list[Path], path: Path, width: int = 960) -> None:
-    """Pictures one below the other, each as wide."""
-    images = [Image.open(picture).convert("RGB") for picture in pictures]
+def save_below_each_other(images: list[Image.Image], path: Path, width: int = 960) -> None:
+    """Save the images as one picture, each below the one before, all scaled to `width`."""
     images = [image.resize((width, image.height * width // image.width)) for image in images]
-    together = Image.new("RGB", (width, sum(image.height + 8 for image in images)), "white")
+    picture = Image.new("RGB", (width, sum(image.height + 8 for image in images)), "white")
     top = 0
     for image in images:
-        together.paste(image, (0, top))
+        picture.paste(image, (0, top))
         top += image.height + 8
-    together.quantize(128).save(path, optimize=True)
+    picture.quantize(128).save(path, optimize=True)
 
 
 def main(folder: Path, picture: Path | None) -> None:
     metrics_file = folder / "metrics.jsonl"
     if not metrics_file.is_file():
         sys.exit(f"{folder} is not the output folder of a run: it has no metrics.jsonl")
-    losses = [row["loss"] for row in read_metrics(metrics_file) if row["loss"] is not None]
-    if losses:
-        first, last = first_and_last(losses)
-        print(f"\nLoss over {len(losses)} steps   {loss_curve(losses)}")
+    rows = read_metrics(metrics_file)
+    if rows:
+        first, last = first_and_last(rows)
+        print(f"\nLoss over {len(rows)} steps   {loss_bars(rows)}")
         print(f"  first fifth {first:.4f}, last fifth {last:.4f} ({(last / first - 1):+.1%})")
     print(f"  every step: {metrics_file}")
     for lora in folder.glob("pytorch_lora_weights.safetensors"):
@@ -96,13 +121,14 @@ def main(folder: Path, picture: Path | None) -> None:
         print(f"Checkpoint    {checkpoint}")
     for card in folder.glob("README.md"):
         print(f"Model card    {card}")
-    if picture is not None:
-        put_together([folder / "loss.png", *(sheet for _, sheet in sheets)], picture)
+    if picture is not None and (rows or sheets):
+        images = [draw_loss(rows)] if rows else []
+        save_below_each_other(images + [Image.open(sheet).convert("RGB") for _, sheet in sheets], picture)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="--output_dir of the run")
-    parser.add_argument("--picture", type=Path, help="where to put the loss curve and the sheets in one")
+    parser.add_argument("--picture", type=Path, help="file to write the loss and the sheets to, as one picture")
     args = parser.parse_args()
     main(args.folder, args.picture)
