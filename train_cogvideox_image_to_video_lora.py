@@ -129,6 +129,10 @@ DECODE_SECONDS = 60  # after which a clip counts as one that cannot be decoded
 SHARED_SECONDS = 90  # after which a file that another machine wrote counts as missing; network folders may be slow
 SHARDED_BASE = ("deepspeed zero3", "fsdp2")  # engines under which all processes take part in each forward pass
 POSITION = ("seed", "step", "epoch", "batch")  # of a run in its data
+NOT_FINITE_ADVICE = (
+    "Nothing of this step was saved; earlier checkpoints are kept. "
+    "Try a lower --learning_rate, --mixed_precision bf16 in place of fp16, or a longer --lr_warmup_steps."
+)
 SETTINGS = (  # kept in a checkpoint and shown in the card
     "rank lora_alpha optimizer use_8bit_adam learning_rate lr_scheduler lr_warmup_steps train_batch_size "
     "gradient_accumulation_steps height width max_num_frames fps frame_sampling video_reshape_mode random_flip seed"
@@ -168,7 +172,7 @@ def attempt(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # trackers, full disks and networks raise many kinds
-        log_error_once(f"{what} failed, the run continues: {type(error).__name__}: {error}")
+        log_error_once(f"{what} failed; training does not depend on it: {type(error).__name__}: {error}")
 
 
 def flush(path: Path) -> None:
@@ -198,10 +202,6 @@ def put_in_place(partial: Path, path: Path) -> None:
 
 class OneMessageParser(argparse.ArgumentParser):
     """Reports all wrong values in one message. argparse would report the first, after the usage of all flags."""
-
-    def __init__(self, **keywords):
-        super().__init__(**keywords)
-        self.problems = []
 
     def _get_values(self, action, arg_strings):
         try:
@@ -336,9 +336,9 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
 
 
 def get_args(argv: list[str] | None = None) -> Namespace:
-    """Parse `argv`, or the process's command line. A wrong one ends in one message and exit code 2. The token is
-    blanked in `sys.argv`, which trackers record as part of a run's metadata."""
+    """Parse `argv`, or the process's command line. The token is blanked in `sys.argv`, which trackers record."""
     parser = OneMessageParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.problems = []
     for add_group in (add_data_args, add_validation_args, add_training_args):
         add_group(parser)
     args = parser.parse_args(argv)
@@ -383,7 +383,6 @@ def check_args(args: Namespace) -> None:
         "bitsandbytes": args.use_8bit_adam and "--use_8bit_adam",
         "prodigyopt": args.optimizer == "prodigy" and "--optimizer prodigy",
         "datasets": args.dataset_name and "--dataset_name",
-        "deepspeed": os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and "accelerate's configuration",
         args.report_to: args.report_to not in (None, "all") and f"--report_to {args.report_to}",
     }
     missing = [(flag, package) for package, flag in needs.items() if flag and not importlib.util.find_spec(package)]
@@ -402,8 +401,7 @@ def check_args(args: Namespace) -> None:
 
 def precompute_folder(args: Namespace) -> Path:
     """Where encoded prompts and videos are kept between runs."""
-    default = Path(args.instance_data_root or args.output_dir) / ".cogvideox_precomputed"
-    return default if args.precompute_dir is None else Path(args.precompute_dir)
+    return Path(args.precompute_dir or Path(args.instance_data_root or args.output_dir, ".cogvideox_precomputed"))
 
 
 # ---- Data -----------------------------------------------------------------------------------------------------------
@@ -418,9 +416,8 @@ class VideoRecord(NamedTuple):
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file, stripped, without the blank ones at its end. Raises RunError for a file that is
-    missing or not UTF-8, and for a blank line in the middle: leaving it out would shift every later line against the
-    other file's."""
+    """The lines of a text file, stripped, without the blank ones at its end. Raises RunError for a blank line in the
+    middle: to leave it out would shift every later line against the other file's."""
     with explain(f"{path} cannot be read as UTF-8 text", (OSError, UnicodeDecodeError)):
         # Only "\n" ends a line: str.splitlines would also cut at form feeds and Unicode separators within a caption.
         lines = [line.strip() for line in path.read_bytes().decode("utf-8-sig").rstrip().split("\n")]
@@ -682,16 +679,18 @@ def in_first(action: Callable, *arguments):
     return gather(value)[0]
 
 
-def wait_for_files(flag: str, paths: list[Path]) -> None:
-    """Return when all processes see the files that the others wrote. All raise RunError after SHARED_SECONDS."""
+def wait_for_files(paths: list[Path]) -> None:
+    """Return when all processes see the files that others wrote. All raise RunError after SHARED_SECONDS."""
     deadline = time.monotonic() + SHARED_SECONDS
     while (missing := [path for path in paths if not path.exists()]) and time.monotonic() < deadline:
         time.sleep(0.5)
-    gather(RunError(f"{flag} must be one folder for all machines: {missing[0]} is missing") if missing else None)
+    flags = "--output_dir and --precompute_dir must be folders that all machines share"
+    gather(RunError(f"{flags}: {missing[0]} is missing") if missing else None)
 
 
-def get_accelerator(args: Namespace) -> Accelerator:
-    """Accelerate as the flags and its own configuration set it. Raises RunError."""
+def get_accelerator(args: Namespace) -> tuple[Accelerator, str]:
+    """Accelerate as the flags and its own configuration set it, and the name of its engine: "replicated" where each
+    process has all that trains. Raises RunError for an engine that cannot train a LoRA in fp32."""
     folders = ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir))
     timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=args.nccl_timeout))
     # As a view, gradients take their memory once. The buffers are positions, up to 68 MB and equal in all processes.
@@ -704,15 +703,8 @@ def get_accelerator(args: Namespace) -> Accelerator:
         )
     if accelerator.mixed_precision not in DTYPES:
         raise RunError(f"accelerate's configuration says {accelerator.mixed_precision}: give --mixed_precision")
-    if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
-        steps = accelerator.gradient_accumulation_steps
+    if (steps := accelerator.gradient_accumulation_steps) != args.gradient_accumulation_steps:
         raise RunError(f"accelerate's configuration says {steps}: give the same --gradient_accumulation_steps")
-    return accelerator
-
-
-def configure_engine(args: Namespace, accelerator: Accelerator) -> str:
-    """Pass the flags to the engine; returns its name, "replicated" where each process has all that trains. Raises
-    RunError for an engine that cannot train a LoRA in fp32."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         from transformers.integrations import unset_hf_deepspeed_config
         unset_hf_deepspeed_config()  # with it, ZeRO-3 would shard the text encoder too
@@ -724,18 +716,18 @@ def configure_engine(args: Namespace, accelerator: Accelerator) -> str:
         # DeepSpeed computes with a copy of the LoRA in the compute dtype; it learns and sums gradients in fp32.
         config["communication_data_type"] = "fp32"
         config["data_types"] = config.get("data_types", {}) | {"grad_accum_dtype": "fp32"}
-        return f"deepspeed zero{accelerator.state.deepspeed_plugin.zero_stage}"
-    if accelerator.distributed_type == DistributedType.FSDP:
-        if not accelerator.is_fsdp2:
-            raise RunError("FSDP must be version 2 (fsdp_version: 2): version 1 needs one dtype in each block")
-        if accelerator.mixed_precision == "fp16":
-            raise RunError("FSDP2 trains in bf16 here: give --mixed_precision bf16 (also for the 2B)")
-        dtype = DTYPES[accelerator.mixed_precision]
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False  # rotary positions stay fp32
-        )
-        return "fsdp2"
-    return "replicated"
+        return accelerator, f"deepspeed zero{accelerator.state.deepspeed_plugin.zero_stage}"
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return accelerator, "replicated"
+    if not accelerator.is_fsdp2:
+        raise RunError("FSDP must be version 2 (fsdp_version: 2): version 1 needs one dtype in each block")
+    if accelerator.mixed_precision == "fp16":
+        raise RunError("FSDP2 trains in bf16 here: give --mixed_precision bf16 (also for the 2B)")
+    accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+        param_dtype=DTYPES[accelerator.mixed_precision], reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # rotary positions stay fp32
+    )
+    return accelerator, "fsdp2"
 
 
 # ---- Model ----------------------------------------------------------------------------------------------------------
@@ -828,15 +820,10 @@ def prepare_rotary_positional_embeddings(
     """Rotary position embeddings (cos, sin) of all video tokens, each [f * h/p * w/p, head dim]; made once a shape.
     `height`, `width` and the base size that the model was trained at are in pixels, `num_frames` in latent frames.
     Source: CogVideoXPipeline._prepare_rotary_positional_embeddings."""
-    pixels_per_token = vae_scale_factor_spatial * patch_size
-    grid_size = (height // pixels_per_token, width // pixels_per_token)
-    crops_coords = get_resize_crop_region_for_grid(
-        grid_size, base_width // pixels_per_token, base_height // pixels_per_token
-    )
-    return get_3d_rotary_pos_embed(
-        embed_dim=attention_head_dim, crops_coords=crops_coords, grid_size=grid_size, temporal_size=num_frames,
-        device=device,
-    )
+    token = vae_scale_factor_spatial * patch_size  # pixels along each side
+    grid_size = (height // token, width // token)
+    crops_coords = get_resize_crop_region_for_grid(grid_size, base_width // token, base_height // token)
+    return get_3d_rotary_pos_embed(attention_head_dim, crops_coords, grid_size, num_frames, device=device)
 
 
 def rotary_for(transformer_config, vae_config: dict, latents: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -1006,9 +993,8 @@ def encode_prompt(
     num_videos_per_prompt: int = 1, max_sequence_length: int = 226, device: torch.device | None = None,
     dtype: torch.dtype | None = None, text_input_ids: Tensor | None = None,
 ) -> Tensor:
-    """T5 hidden states of prompts, padded or cut to S tokens as CogVideoXPipeline does: [n, S, D]. n = prompts x
-    num_videos_per_prompt, the repeats of one prompt together. Without a tokenizer, the token ids [B, S] must be given.
-    Raises ValueError if neither is."""
+    """T5 hidden states of prompts, padded or cut to S tokens as CogVideoXPipeline does: [n, S, D], the
+    num_videos_per_prompt repeats of one prompt together. Raises ValueError without both tokenizer and token ids."""
     if tokenizer is not None:
         text_input_ids = tokenizer(
             [prompt] if isinstance(prompt, str) else prompt, padding="max_length", max_length=max_sequence_length,
@@ -1029,13 +1015,11 @@ def compute_prompt_embeddings(
         return encode_prompt(tokenizer, text_encoder, prompt, 1, max_sequence_length, device, dtype)
 
 
-def precompute_prompts(
-    args: Namespace, accelerator: Accelerator, prompts: list[str], max_sequence_length: int
-) -> dict[str, Path]:
+def precompute_prompts(args: Namespace, accelerator: Accelerator, prompts: list[str], num_tokens: int) -> dict:
     """Encode each distinct prompt once; returns its file, which holds `prompt_embeds` [S, D] in the compute dtype. The
-    text encoder is loaded only if a prompt is new, and freed before this returns. Raises RunError."""
+    text encoder is loaded only if a prompt is new, and freed before this returns."""
     folder, dtype, device = precompute_folder(args), DTYPES[accelerator.mixed_precision], accelerator.device
-    content = {"max_sequence_length": max_sequence_length, "dtype": str(dtype)}
+    content = {"max_sequence_length": num_tokens, "dtype": str(dtype)}
     content["encoder"] = model_identity(args, "text_encoder", "tokenizer")
     paths = {prompt: item_path(folder, "prompts", prompt=prompt, **content) for prompt in prompts}
     paths = gather(paths)[0]  # the model's files may have other dates on another machine
@@ -1043,18 +1027,14 @@ def precompute_prompts(
     if share := new[accelerator.process_index :: accelerator.num_processes]:
         tokenizer = T5Tokenizer.from_pretrained(**pretrained_source(args, "tokenizer"))
         text_encoder = T5EncoderModel.from_pretrained(**pretrained_source(args, "text_encoder", dtype)).to(device)
-    too_long = []
+        if too_long := [prompt for prompt in new if len(tokenizer(prompt, verbose=False).input_ids) > num_tokens]:
+            logger.warning(f"Cut to the {num_tokens} tokens that the model takes:\n{listing(too_long)}")
     with shared_work():
         for prompt in progress_bar(iterable=share, desc="Encoding prompts", unit="prompt"):
-            if len(tokenizer(prompt, verbose=False).input_ids) > max_sequence_length:
-                too_long.append(f"{prompt[:60]}…")
-            embeds = compute_prompt_embeddings(tokenizer, text_encoder, prompt, max_sequence_length, device, dtype)
+            embeds = compute_prompt_embeddings(tokenizer, text_encoder, prompt, num_tokens, device, dtype)
             write_item(paths[prompt], prompt_embeds=embeds[0])  # [S, D]
     tokenizer = text_encoder = None
     clear_device_cache(garbage_collection=True)
-    if too_long := sum(gather(too_long), []):
-        logger.warning(f"Cut to {max_sequence_length} tokens, the most that the model takes:\n{listing(too_long)}")
-    wait_for_files("--precompute_dir", list(paths.values()))
     return paths
 
 
@@ -1092,46 +1072,36 @@ def decode_in_child(sender, dataset: VideoDataset, index: int, dtype: torch.dtyp
     sender.send(answer)
 
 
-def decode_videos(
-    dataset: VideoDataset, indices: list[int], dtype: torch.dtype, num_workers: int
-) -> Iterator[tuple[int, Tensor | str]]:
+def decode_videos(dataset: VideoDataset, indices: list[int], dtype: torch.dtype, num_workers: int) -> Iterator[tuple]:
     """Each clip's index with its pixels [F, C, H, W], or with what is wrong with it. Every clip has a process of its
     own, `num_workers` of them at a time: a file that crashes the decoder, hangs it or exhausts its memory costs that
     clip and nothing else. (decord aborts the process on some files.)"""
     context, waiting, running = multiprocessing.get_context("fork"), deque(indices), deque()
-    try:
-        while waiting or running:
-            while waiting and len(running) < num_workers:
-                receiver, sender = context.Pipe(duplex=False)
-                index = waiting.popleft()
-                process = context.Process(target=decode_in_child, args=(sender, dataset, index, dtype), daemon=True)
-                process.start()
-                sender.close()  # the child's copy is then the last one: its death is an end of file here
-                running.append((index, process, receiver, time.monotonic() + DECODE_SECONDS))
-            index, process, receiver, deadline = running[0]
-            answer = f"it was not decoded within {DECODE_SECONDS} seconds"
-            try:
-                if receiver.poll(max(0, deadline - time.monotonic())):
-                    answer = receiver.recv()
-            except EOFError:
-                answer = "the decoder crashed on it"
-            process.kill()
-            process.join()
-            receiver.close()
-            running.popleft()
-            yield index, answer if isinstance(answer, str) else safetensors.torch.load(answer)["video"]
-    finally:
-        for _, process, _, _ in running:
-            process.kill()
+    while waiting or running:
+        while waiting and len(running) < num_workers:
+            receiver, sender = context.Pipe(duplex=False)
+            index = waiting.popleft()
+            process = context.Process(target=decode_in_child, args=(sender, dataset, index, dtype), daemon=True)
+            process.start()
+            sender.close()  # the child's copy is then the last one: its death is an end of file here
+            running.append((index, process, receiver, time.monotonic() + DECODE_SECONDS))
+        index, process, receiver, deadline = running.popleft()
+        answer = f"it was not decoded within {DECODE_SECONDS} seconds"
+        try:
+            if receiver.poll(max(0, deadline - time.monotonic())):
+                answer = receiver.recv()
+        except EOFError:
+            answer = "the decoder crashed on it"
+        process.kill()
+        process.join()
+        receiver.close()
+        yield index, answer if isinstance(answer, str) else safetensors.torch.load(answer)["video"]
 
 
-def precompute_videos(
-    args: Namespace, accelerator: Accelerator, dataset: VideoDataset
-) -> list[tuple[Path, ...] | None]:
-    """Encode each clip once, and its mirror image for --random_flip; returns the files of each clip. A file holds what
-    `encode_clip` returns, in the compute dtype. The VAE is loaded only if a clip is new, and freed before this
-    returns. Raises RunError that lists every clip that cannot be decoded, after the others are encoded; with
-    --skip_bad_videos those have None in place of their files."""
+def precompute_videos(args: Namespace, accelerator: Accelerator, dataset: VideoDataset) -> list[tuple | None]:
+    """Encode each clip once, and its mirror image for --random_flip; returns the files of each clip. The VAE is loaded
+    only if a clip is new, and freed before this returns. Raises RunError that lists every clip that cannot be decoded,
+    after the others are encoded; with --skip_bad_videos those have None in place of their files."""
     folder, dtype = precompute_folder(args), DTYPES[accelerator.mixed_precision]
     content = {"made_for": KIND, "settings": dataset.settings, "dtype": str(dtype)}
     content["encoder"] = model_identity(args, "vae") | {"tiling": args.enable_tiling}
@@ -1163,7 +1133,6 @@ def precompute_videos(
     clear_device_cache(garbage_collection=True)
     bad = {files: problem for found in gather(bad) for files, problem in found.items()}
     paths = [None if files in bad else files for files in paths]
-    wait_for_files("--precompute_dir", [path for files in paths if files for path in files])
     if bad:
         problem = f"{paths.count(None)} of {len(paths)} videos cannot be decoded"
         if not args.skip_bad_videos or not any(paths):
@@ -1227,9 +1196,7 @@ class ShapeBatchSampler(Sampler[list[tuple[int, bool]]]):
         return len(self.all_batches()) // self.num_processes
 
 
-def get_dataloader(
-    args: Namespace, accelerator: Accelerator, dataset: LatentDataset, seed: int
-) -> tuple[DataLoader, ShapeBatchSampler]:
+def get_dataloader(args: Namespace, accelerator: Accelerator, dataset: LatentDataset, seed: int) -> tuple:
     """The loader of this process's batches, on its device, and the sampler that says where in the data it is."""
     sampler = ShapeBatchSampler(
         dataset.shapes, args.train_batch_size, seed, args.random_flip, accelerator.num_processes,
@@ -1265,8 +1232,6 @@ def get_optimizer(args: Namespace, params_to_optimize, use_deepspeed: bool = Fal
         from prodigyopt import Prodigy
         if args.use_8bit_adam:
             logger.warning("--use_8bit_adam has no effect with --optimizer prodigy.")
-        if args.learning_rate <= 0.1:
-            logger.warning("Prodigy finds its own scale, and is made for --learning_rate 1.")
         return Prodigy(
             params_to_optimize, **common, beta3=args.prodigy_beta3, decouple=args.prodigy_decouple,
             use_bias_correction=args.prodigy_use_bias_correction, safeguard_warmup=args.prodigy_safeguard_warmup,
@@ -1278,38 +1243,31 @@ def get_optimizer(args: Namespace, params_to_optimize, use_deepspeed: bool = Fal
     return optimizer_class(params_to_optimize, **common)
 
 
-def get_lr_scheduler(args: Namespace, optimizer: torch.optim.Optimizer, max_train_steps: int):
-    """The schedule over `max_train_steps` optimizer steps, the same with any number of processes."""
+def prepare(args: Namespace, accelerator: Accelerator, transformer: torch.nn.Module, max_train_steps: int) -> tuple:
+    """Transformer, optimizer and schedule (over optimizer steps, with any number of processes) as the engine wraps
+    them. A DeepSpeed configuration that defines an optimizer or a schedule replaces that of the flags."""
     if args.lr_scheduler != "constant" and args.lr_warmup_steps >= max_train_steps:
         flag = f"--lr_warmup_steps {args.lr_warmup_steps}"
         logger.warning(f"{flag} of {max_train_steps} steps: the learning rate never reaches its full value.")
-    return get_scheduler(
-        args.lr_scheduler, optimizer=optimizer, num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=max_train_steps, num_cycles=args.lr_num_cycles, power=args.lr_power,
-    )
-
-
-def prepare(
-    args: Namespace, accelerator: Accelerator, transformer: CogVideoXTransformer3DModel, max_train_steps: int
-) -> tuple:
-    """Transformer, optimizer and schedule as the engine wraps them. Where a DeepSpeed configuration defines the
-    optimizer or the schedule, that one is used in place of the flags'."""
     plugin = accelerator.state.deepspeed_plugin
     defined = plugin.deepspeed_config if plugin is not None else {}
     if defined:
         from accelerate.utils.deepspeed import DummyScheduler
-    trainable = list(lora_parameters(transformer).values())
     clips_a_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    groups = [{"params": trainable, "lr": args.learning_rate * (clips_a_step if args.scale_lr else 1)}]
+    learning_rate = args.learning_rate * (clips_a_step if args.scale_lr else 1)
+    groups = [{"params": list(lora_parameters(transformer).values()), "lr": learning_rate}]
     optimizer = get_optimizer(args, groups, use_deepspeed="optimizer" in defined)
+    make_schedule = functools.partial(
+        get_scheduler, args.lr_scheduler, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps,
+        num_cycles=args.lr_num_cycles, power=args.lr_power,
+    )
     if "scheduler" in defined:
         steps = max_train_steps * accelerator.num_processes  # accelerate divides them again, but not the warm-up
         schedule = DummyScheduler(optimizer, total_num_steps=steps, warmup_num_steps=args.lr_warmup_steps)
     elif "optimizer" in defined:
-        make_schedule = functools.partial(get_lr_scheduler, args, max_train_steps=max_train_steps)
         schedule = DummyScheduler(optimizer, lr_scheduler_callable=make_schedule)
     else:
-        schedule = get_lr_scheduler(args, optimizer, max_train_steps)
+        schedule = make_schedule(optimizer)
     return accelerator.prepare(transformer, optimizer, schedule)
 
 
@@ -1376,7 +1334,7 @@ def save_checkpoint(run: Run) -> None:
     partial, is_written = partial_name(folder), False
     weights = lora_weights(run.base)
     if not all(weight.isfinite().all() for weight in weights.values()):
-        raise not_finite(run, "weights of the LoRA are not finite")
+        raise RunError(f"step {run.step}: weights of the LoRA are not finite. {NOT_FINITE_ADVICE}", exit_code=3)
     in_first(remove_checkpoint, folder)
     with attempt(f"Writing {folder}"):
         partial.mkdir(parents=True, exist_ok=True)
@@ -1390,19 +1348,17 @@ def save_checkpoint(run: Run) -> None:
         if accelerator.is_main_process:
             save_lora(run.base, partial, weights)
         is_written = True
-    is_written, limit = all(gather(is_written)), run.args.checkpoints_total_limit or sys.maxsize
-    if accelerator.is_main_process and is_written:
+    if all(gather(is_written)) and accelerator.is_main_process:
         with attempt(f"Writing {folder}"):
-            newest = max((read_training_state(old)["saved_at"] for old in list_checkpoints(folder.parent)), default=0)
-            content = {"saved_at": max(time.time(), newest + 1e-3)}  # the clock may have been set back
-            content |= {"settings": run.settings, "state": {name: getattr(run, name) for name in POSITION}}
-            (partial / STATE_FILE).write_text(json.dumps(content | {"sizes": file_sizes(partial)}, indent=1))
+            content = {"saved_at": time.time(), "settings": run.settings, "sizes": file_sizes(partial)}
+            content |= {"state": {name: getattr(run, name) for name in POSITION}}
+            (partial / STATE_FILE).write_text(json.dumps(content, indent=1))
             for path in (*partial.rglob("*"), partial):
                 flush(path)
             os.replace(partial, folder)
             flush(folder.parent)
             logger.info(f"Saved {folder}")
-            for old in list_checkpoints(folder.parent)[:-limit]:
+            for old in list_checkpoints(folder.parent)[: -(run.args.checkpoints_total_limit or sys.maxsize)]:
                 remove_checkpoint(old)
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
@@ -1425,35 +1381,32 @@ def find_checkpoint(args: Namespace, settings: dict) -> Path | None:
     that changed. Raises RunError if the checkpoint is missing, damaged or does not fit, or if a fresh start would
     overwrite another run."""
     output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
-    candidates = [output_dir / wanted, Path(wanted)] if wanted else []
-    if wanted == "latest":
-        candidates = list_checkpoints(output_dir)[::-1]
+    complete = list_checkpoints(output_dir)
+    candidates = complete[::-1] if wanted == "latest" else [output_dir / wanted, Path(wanted)] if wanted else []
     for folder in filter(read_training_state, candidates):
         content, sizes = read_training_state(folder), file_sizes(folder)
         if damaged := [name for name, size in content["sizes"].items() if sizes.get(name) != size]:
             logger.warning(f"{folder} is damaged and passed over: {', '.join(damaged)}")
             continue
-        saved = content["settings"]
-        changed = [name for name, value in settings.items() if saved.get(name, value) != value]
-        needs = {"rank", "lora_targets", "optimizer", "use_8bit_adam", "engine"}
+        pairs = {name: (content["settings"].get(name, value), value) for name, value in settings.items()}
+        changed = {name: f"{name} was {old}, is {new}" for name, (old, new) in pairs.items() if old != new}
+        fixed = {"rank", "lora_targets", "optimizer", "use_8bit_adam", "engine"}
         if settings["engine"] != "replicated":  # it writes a file of the optimizer for each process
-            needs.add("num_processes")
-        refused = sorted(needs & set(changed))
-        changes = listing([f"{name} was {saved[name]}, is {settings[name]}" for name in refused or changed])
-        if refused:
-            raise RunError(f"--resume_from_checkpoint: {folder} does not fit these flags:\n{changes}")
+            fixed.add("num_processes")
+        if refused := [changed[name] for name in sorted(fixed & changed.keys())]:
+            raise RunError(f"--resume_from_checkpoint: {folder} does not fit these flags:\n{listing(refused)}")
         if changed:
+            changes = listing(list(changed.values()))
             logger.warning(f"{folder} is resumed with other settings (its learning rate stays):\n{changes}")
         return folder
     if wanted not in (None, "latest"):
-        names = ", ".join(folder.name for folder in list_checkpoints(output_dir)) or "none"
+        names = ", ".join(folder.name for folder in complete) or "none"
         raise RunError(f"--resume_from_checkpoint {wanted}: no complete checkpoint; {output_dir} has {names}")
-    remains = [path for path in (output_dir / LORA_FILE, output_dir / "metrics.jsonl") if path.is_file()]
-    remains = [path for path in remains if path.stat().st_size] + sorted(output_dir.glob("checkpoint-*"))
-    if remains and (not wanted or remains[0].name == LORA_FILE):
-        found = ", ".join(path.name for path in remains)
+    patterns = [LORA_FILE] if wanted else [LORA_FILE, "metrics.jsonl", "checkpoint-*"]
+    found = [path for pattern in patterns for path in sorted(output_dir.glob(pattern)) if path.stat().st_size]
+    if found:
         ways = "resume it with --resume_from_checkpoint latest, or give another --output_dir"
-        raise RunError(f"--output_dir {output_dir} has a run already ({found}): {ways}")
+        raise RunError(f"--output_dir {output_dir} has a run already ({', '.join(p.name for p in found)}): {ways}")
     if wanted:
         logger.info(f"--resume_from_checkpoint latest: {output_dir} has no checkpoint, so this is a fresh start")
     return None
@@ -1501,13 +1454,6 @@ def resume_hint(args: Namespace) -> str:
     for newest in list_checkpoints(Path(args.output_dir))[-1:]:
         return f"To continue, give the same command with --resume_from_checkpoint latest ({newest.name})."
     return "There is no checkpoint: the same command with --resume_from_checkpoint latest starts from the beginning."
-
-
-def not_finite(run: Run, what: str) -> RunError:
-    newest = ["none", *list_checkpoints(Path(run.args.output_dir))][-1]
-    saved = f"Nothing of this step was saved; the last checkpoint is {newest}"
-    advice = "a lower --learning_rate, --mixed_precision bf16 in place of fp16, or a longer --lr_warmup_steps"
-    return RunError(f"step {run.step}: {what}. {saved}. Try {advice}.", exit_code=3)
 
 
 # ---- Validation and publishing --------------------------------------------------------------------------------------
@@ -1562,8 +1508,7 @@ def log_validation(
     is_final_validation: bool = False, files: list[Path] | None = None,
 ) -> list[np.ndarray]:
     """Sample --num_validation_videos with `pipeline_args`, the same ones each time for one --seed. They are written to
-    `files`. Without these, they are written to <output_dir>/validation and sent to the trackers. Returns the videos,
-    [F, H, W, C] in [0, 1]."""
+    `files`, else to <output_dir>/validation and the trackers. Returns the videos, [F, H, W, C] in [0, 1]."""
     # CogVideoX is sampled with the DPM scheduler; a fresh one, since it keeps state from call to call.
     pipe.scheduler = CogVideoXDPMScheduler.from_config(pipe.scheduler.config)
     # Its own generator: sampling must neither depend on the training's random numbers nor advance them.
@@ -1594,12 +1539,11 @@ def run_validation(run: Run, is_final: bool = False) -> list[tuple[str, Path]]:
     # Processes that each hold a shard of the base sample in step: some of them sample the last prompt again.
     in_step = run.settings["engine"] in SHARDED_BASE
     rounds = len(inputs) + (-len(inputs) % accelerator.num_processes if in_step else 0)
-    share, sampled = range(accelerator.process_index, rounds, accelerator.num_processes), []
+    share, sampled, videos = range(accelerator.process_index, rounds, accelerator.num_processes), [], []
     run.base.eval()
-    try:
+    with attempt("Validation"):
         vae = load_vae(args, DTYPES[accelerator.mixed_precision]).to(accelerator.device) if share else None
-        models = {"vae": vae, "transformer": run.base, "scheduler": run.noise_scheduler}
-        pipe = PIPELINE(**models, tokenizer=None, text_encoder=None)
+        pipe = PIPELINE(None, None, vae, run.base, run.noise_scheduler)
         pipe.set_progress_bar_config(disable=not (is_first_process() and sys.stderr.isatty()), leave=False)
         for index in (min(number, len(inputs) - 1) for number in share):
             pipeline_args = {**sampling_settings(args), **inputs[index], "prompt": None}
@@ -1612,12 +1556,9 @@ def run_validation(run: Run, is_final: bool = False) -> list[tuple[str, Path]]:
             log_validation(pipe, args, accelerator, pipeline_args, run.epoch, is_final, files)
             logger.info(f"Sampled prompt {index + 1} of {len(inputs)} at step {run.step}")
             sampled.append(index)
-    except Exception as error:  # the training matters more than a sample of it
-        logger.error(f"Validation failed; training is not affected: {error}", exc_info=not run.stop.number)
-    pipe = vae = models = None
+    pipe = vae = None
     run.base.train()
     clear_device_cache(garbage_collection=True)
-    videos = []
     for index in sorted(set(sum(gather(sampled), []))):
         files, prompt = validation_files(args, run.step, is_final, index), inputs[index]["prompt"]
         videos += [(prompt, file) for file in files]
@@ -1631,10 +1572,9 @@ def save_model_card(
     validation_prompt: str | list[str] | None = None, repo_folder: str | None = None, fps: int = 8,
     id_token: str | None = None, settings: dict | None = None, sampling: dict | None = None, image=None,
 ) -> None:
-    """Write README.md, the model card, into `repo_folder`, and the files that it shows beside it. `videos` are mp4
-    files, or [F, H, W, C] in [0, 1] each, and become final_video_N.mp4. `validation_prompt` is that of all videos, or
-    a list with one for each. `settings` become a table, `sampling` the keywords of the pipeline's call, `image` (PIL)
-    its start image, first_frame.png."""
+    """Write README.md, the model card, into `repo_folder`, and beside it what it shows: `videos`, mp4 files or
+    [F, H, W, C] in [0, 1], with the `validation_prompt` of all or a list with one for each. `settings` become a table,
+    `sampling` the keywords of the pipeline's call, `image` (PIL) its start image, first_frame.png."""
     folder, settings, widget = Path(repo_folder or "."), settings or {}, []
     base_model = base_model or "THUDM/CogVideoX-5b"
     prompts = [validation_prompt] if isinstance(validation_prompt, str) else validation_prompt or []
@@ -1760,7 +1700,8 @@ def train(run: Run, loader: DataLoader, sampler: ShapeBatchSampler) -> None:
             mean_loss, norm, stop = accelerator.reduce(numbers, reduction="mean").tolist()
             # An fp16 gradient may overflow: the gradient scaler then skips the step, and nothing is lost.
             if not math.isfinite(mean_loss) or not (math.isfinite(norm) or accelerator.optimizer_step_was_skipped):
-                raise not_finite(run, f"the loss is {mean_loss}, the gradient norm {norm}")
+                problem = f"the loss is {mean_loss}, the gradient norm {norm}"
+                raise RunError(f"step {run.step}: {problem}. {NOT_FINITE_ADVICE}", exit_code=3)
             # The logged rate is that of the next step, as the originals logged it.
             metrics = {"loss": mean_loss, "lr": run.lr_scheduler.get_last_lr()[0], "grad_norm": norm}
             log_metrics(run, metrics | {"seconds": round(time.perf_counter() - started, 4)})
@@ -1788,9 +1729,7 @@ def train(run: Run, loader: DataLoader, sampler: ShapeBatchSampler) -> None:
 def publish(run: Run, videos: list[tuple[str, Path]], repo_id: str | None) -> None:
     """Write the model card, and upload. Raises RunError, code 4."""
     args, output_dir, prompts = run.args, Path(run.args.output_dir), [prompt for prompt, _ in videos]
-    sampling, text_length = sampling_settings(args), run.base.config.max_text_seq_length
-    if text_length != 226:  # the pipeline's default
-        sampling["max_sequence_length"] = text_length
+    sampling = sampling_settings(args) | {"max_sequence_length": run.base.config.max_text_seq_length}
     image = next((start.get("image") for start in validation_inputs(args)), None)
     with attempt("Writing the model card"):
         save_model_card(
@@ -1819,15 +1758,14 @@ def main(args: Namespace) -> None:
     frames = frames_4k_plus_1(args.max_num_frames)
     if frames != args.max_num_frames:
         logger.warning(f"--max_num_frames {args.max_num_frames} is not 4k+1: {frames} frames are used.")
-    accelerator = get_accelerator(args)
+    accelerator, engine = get_accelerator(args)
     settings = {name: getattr(args, name) for name in SETTINGS} | {
         "num_clips": len(dataset), "num_processes": accelerator.num_processes, "lora_targets": LORA_TARGETS,
-        "mixed_precision": accelerator.mixed_precision, "engine": configure_engine(args, accelerator),
+        "mixed_precision": accelerator.mixed_precision, "engine": engine,
     }  # fmt: skip
     checkpoint = in_first(find_checkpoint, args, settings)
     repo_id = in_first(check_hub_access, args)
     in_first(make_output_folders, args, checkpoint)
-    wait_for_files("--output_dir", [Path(args.output_dir) / "metrics.jsonl"])
     in_first(start_trackers, args, accelerator)
     if args.allow_tf32:
         torch.set_float32_matmul_precision("high")
@@ -1838,6 +1776,8 @@ def main(args: Namespace) -> None:
     prompts = [*captions, *(run_input["prompt"] for run_input in validation_inputs(args)), ""]
     prompt_files = precompute_prompts(args, accelerator, prompts, transformer_config["max_text_seq_length"])
     video_files = precompute_videos(args, accelerator, dataset)
+    files = [*prompt_files.values(), *itertools.chain(*filter(None, video_files))]
+    wait_for_files([Path(args.output_dir, "metrics.jsonl"), *files])
     usable = [(files, prompt_files[caption]) for files, caption in zip(video_files, captions, strict=True) if files]
     loader, sampler = get_dataloader(args, accelerator, LatentDataset(*map(list, zip(*usable, strict=True))), seed)
     steps_per_epoch = math.ceil(len(sampler) / args.gradient_accumulation_steps)

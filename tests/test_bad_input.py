@@ -77,7 +77,6 @@ NEEDED_BY = {
     "tensorboard": ("--report_to tensorboard", {"report_to": "tensorboard"}),
     "wandb": ("--report_to wandb", {"report_to": "wandb"}),
     "comet_ml": ("--report_to comet_ml", {"report_to": "comet_ml"}),
-    "deepspeed": ("accelerate's configuration", {}),
 }
 
 
@@ -86,9 +85,15 @@ def test_missing_package(fail, monkeypatch, package):
     flag, changes = NEEDED_BY[package]
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
-    if package == "deepspeed":
-        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     assert f"{flag} needs {package}: pip install {package}\n" in fail(**changes)
+
+
+def test_missing_deepspeed(fail, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "deepspeed" else find_spec(name))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    said = fail()
+    assert "accelerate's configuration and these flags do not fit: DeepSpeed is not installed" in said
 
 
 def test_no_such_root(fail, tmp_path):

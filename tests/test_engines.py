@@ -271,11 +271,11 @@ def test_fsdp2_is_the_plain_run_of_two_processes(script, launch, tmp_path):
     assert same_tensors(lora_file(output)[0], expected)
 
 
-def test_fsdp_of_the_first_version_is_refused(script):
-    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=False)
-    with pytest.raises(script.RunError, match="fsdp_version: 2") as error:
-        script.configure_engine(None, accelerator)
+@pytest.mark.parametrize(("is_fsdp2", "dtype", "advice"), [(False, "bf16", "fsdp_version: 2"), (True, "fp16", "bf16")])
+def test_fsdp_that_cannot_train_is_refused(script, flags, monkeypatch, is_fsdp2, dtype, advice):
+    fsdp = {"distributed_type": DistributedType.FSDP, "is_fsdp2": is_fsdp2}
+    accelerator = SimpleNamespace(mixed_precision=dtype, gradient_accumulation_steps=1, **fsdp)
+    monkeypatch.setattr(script, "Accelerator", lambda **_: accelerator)
+    with pytest.raises(script.RunError, match=advice) as error:
+        script.get_accelerator(script.get_args(flags()))
     assert error.value.exit_code == 2
-    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True, mixed_precision="fp16")
-    with pytest.raises(script.RunError, match="--mixed_precision bf16"):
-        script.configure_engine(None, accelerator)

@@ -103,7 +103,7 @@ def test_revision_and_variant_reach_every_component(script, flags, monkeypatch):
         script.load_vae(args, torch.float32)
     with pytest.raises(InterruptedError):
         script.load_transformer(args, torch.float32)
-    accelerator = script.get_accelerator(args)
+    accelerator, _ = script.get_accelerator(args)
     prompts = ["a prompt that no other test has encoded"]
     with pytest.raises(InterruptedError):
         script.precompute_prompts(args, accelerator, prompts, 226)

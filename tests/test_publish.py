@@ -149,7 +149,7 @@ def test_card_of_a_finished_run(finished, kind, models, tmp_path, monkeypatch):
     for part in ("num_frames=9,", "guidance_scale=6,", "num_inference_steps=2,"):
         assert part in code, part
     assert f"from_pretrained({str(models[kind])!r}" in code
-    assert "manual_seed(7)" in code and "set_adapters" not in card.text and "max_sequence_length" not in code
+    assert "manual_seed(7)" in code and "set_adapters" not in card.text and "max_sequence_length=226," in code
     assert (output / "first_frame.png").exists() == (kind == "i2v") == ('load_image("first_frame.png")' in code)
     shutil.copytree(output, tmp_path / "output")
     monkeypatch.chdir(tmp_path / "output")

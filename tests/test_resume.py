@@ -312,12 +312,6 @@ def test_killed_at_any_call_of_writing_replacing_or_pruning(script, run, flags, 
     assert calls > 10
 
 
-def test_limit_holds_though_the_clock_is_set_back(run, monkeypatch, script):
-    clock = iter(range(10**9, 0, -1000))
-    monkeypatch.setattr(script.time, "time", lambda: next(clock))
-    assert checkpoints(run(max_train_steps=3, checkpointing_steps=1, checkpoints_total_limit=1)) == ["checkpoint-3"]
-
-
 def test_metrics_continue_after_a_line_that_a_kill_cut_off(run):
     output = run(max_train_steps=2)
     with (output / "metrics.jsonl").open("a") as file:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from test_objective import record_inputs
 
@@ -81,9 +82,8 @@ SCHEDULES = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedules_warm_up_and_reach_their_end(script, flags, schedule):
-    args = script.get_args(flags(lr_scheduler=schedule, lr_warmup_steps=2))
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
-    lr_scheduler = script.get_lr_scheduler(args, optimizer, 6)
+    args = script.get_args(flags(lr_scheduler=schedule, lr_warmup_steps=2, learning_rate=1e-3))
+    _, optimizer, lr_scheduler = script.prepare(args, Accelerator(), torch.nn.Linear(1, 1), 6)
     rates = []
     for _ in range(6):
         optimizer.step()
@@ -154,9 +154,9 @@ def test_text_encoder_runs_once_a_prompt_and_rotary_once_a_shape(script, run, cl
         calls["t5"] += 1
         return forward(self, *args, **kwargs)
 
-    def spy_rotary(**kwargs):
+    def spy_rotary(*args, **kwargs):
         calls["rotary"] += 1
-        return rotary(**kwargs)
+        return rotary(*args, **kwargs)
 
     monkeypatch.setattr(T5EncoderModel, "forward", spy_forward)
     monkeypatch.setattr(script, "get_3d_rotary_pos_embed", spy_rotary)
