@@ -781,13 +781,18 @@ def load_lora(transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
 def prepare_rotary_positional_embeddings(
     height: int, width: int, num_frames: int, vae_scale_factor_spatial: int = 8, patch_size: int = 2,
     attention_head_dim: int = 64, device: torch.device | None = None, base_height: int = 480, base_width: int = 720,
+    patch_size_t: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rotary position embeddings (cos, sin) of all video tokens, each [f * h/p * w/p, head dim]; made once a shape.
     `height`, `width` and the base size that the model was trained at are in pixels, `num_frames` in latent frames.
+    With `patch_size_t` (CogVideoX 1.5), f / patch_size_t tokens along time, and the base size is the largest one.
     Source: CogVideoXPipeline._prepare_rotary_positional_embeddings."""
     token = vae_scale_factor_spatial * patch_size  # pixels along each side
-    grid_size = (height // token, width // token)
-    crops_coords = get_resize_crop_region_for_grid(grid_size, base_width // token, base_height // token)
+    grid_size, base_size = (height // token, width // token), (base_height // token, base_width // token)
+    if patch_size_t is not None:
+        frames, grid = -(-num_frames // patch_size_t), {"grid_type": "slice", "max_size": base_size}
+        return get_3d_rotary_pos_embed(attention_head_dim, None, grid_size, frames, device=device, **grid)
+    crops_coords = get_resize_crop_region_for_grid(grid_size, base_size[1], base_size[0])
     return get_3d_rotary_pos_embed(attention_head_dim, crops_coords, grid_size, num_frames, device=device)
 
 
@@ -799,7 +804,7 @@ def rotary_for(transformer_config, vae_config: dict, latents: Tensor) -> tuple[T
     scale = pixels_per_latent(vae_config)
     return prepare_rotary_positional_embeddings(
         height * scale, width * scale, num_frames, scale, config.patch_size, config.attention_head_dim,
-        latents.device, config.sample_height * scale, config.sample_width * scale,
+        latents.device, config.sample_height * scale, config.sample_width * scale, config.patch_size_t,
     )
 
 
@@ -818,19 +823,25 @@ def prepare_batch(
     batch: dict[str, Tensor], transformer_config, vae_config: dict, args: Namespace  # noqa: ARG001
 ) -> tuple[Tensor, dict]:
     """From a batch of `LatentDataset`: latents [B, f, C, h, w] (fp32), freshly sampled, and by their keywords what the
-    transformer is given beside them."""
+    transformer is given beside them. CogVideoX 1.5 takes f / patch_size_t whole tokens: there `num_padding` frames
+    stand before those of the clip, copies of the first, as it was trained (zai-org/CogVideo, issue 524)."""
     latents = sample_latents(batch["moments"], vae_config["scaling_factor"])  # [B, f, C, h, w]
-    rotary = rotary_for(transformer_config, vae_config, latents)
-    return latents, {"encoder_hidden_states": batch["prompt_embeds"], "image_rotary_emb": rotary}
+    num_padding = -latents.shape[1] % (transformer_config.patch_size_t or 1)
+    latents = torch.cat([latents[:, :1]] * num_padding + [latents], dim=1)  # [B, f, C, h, w], padding included
+    conditions = {"encoder_hidden_states": batch["prompt_embeds"], "num_padding": num_padding}
+    conditions["image_rotary_emb"] = rotary_for(transformer_config, vae_config, latents)
+    return latents, conditions
 
 
 def diffusion_loss(
     transformer: torch.nn.Module, noise_scheduler: CogVideoXDPMScheduler, latents: Tensor,
     conditions: dict, noise: Tensor | None = None, timesteps: Tensor | None = None,
 ) -> Tensor:
-    """The training loss of latents [B, f, C, h, w] (fp32): a scalar, fp32. Noise and timesteps [B] are drawn from the
-    global generator unless given. All but the transformer computes in fp32: in bf16 the 1000 noise levels of the
-    scheduler collapse to 193."""
+    """The training loss of latents [B, f, C, h, w] (fp32): a scalar, fp32, over the frames after `num_padding`. Noise
+    and timesteps [B] are drawn from the global generator unless given. All but the transformer computes in fp32: in
+    bf16 the 1000 noise levels of the scheduler collapse to 193."""
+    conditions = dict(conditions)
+    num_padding = conditions.pop("num_padding", 0)
     if noise is None:
         noise = torch.randn_like(latents)  # [B, f, C, h, w]
     if timesteps is None:
@@ -843,7 +854,7 @@ def diffusion_loss(
     )[0].float()  # [B, f, C, h, w]
     x0_pred = noise_scheduler.get_velocity(velocity_pred, noisy_latents, timesteps)  # [B, f, C, h, w]
     alphas_cumprod = noise_scheduler.alphas_cumprod[timesteps].to(latents.dtype)  # [B]
-    squared_error = (x0_pred - latents).square().flatten(1).mean(dim=1)  # [B]
+    squared_error = (x0_pred - latents)[:, num_padding:].square().flatten(1).mean(dim=1)  # [B]
     return (squared_error / (1 - alphas_cumprod)).mean()
 
 
@@ -870,12 +881,24 @@ def check_model(args: Namespace, transformer_config: dict, vae_config: dict) -> 
         raise RunError(f"{model}: its transformer takes {in_channels} channels, its VAE makes {latent_channels}")
     if kind != KIND:
         raise RunError(f"{model} is a model for {kind}: train it with {TRAINERS[kind]}")
-    if config.get("patch_size_t") is not None:
-        raise RunError(f"{model} is a CogVideoX 1.5 (patch_size_t is set), which this script does not train yet")
     height, width = (config[name] * pixels_per_latent(vae_config) for name in ("sample_height", "sample_width"))
     if config.get("use_learned_positional_embeddings") and (args.height, args.width) != (height, width):
         sizes = f"--height {height} --width {width}, not {args.height} x {args.width}"
         raise RunError(f"{model} has learned positions and works at its own size only: {sizes}")
+    frames = frames_4k_plus_1(args.max_num_frames)
+    if frames != args.max_num_frames:
+        logger.warning(f"--max_num_frames {args.max_num_frames} is not 4k+1: {frames} frames are used.")
+    if not config.get("patch_size_t"):
+        return
+    if args.height > height or args.width > width:  # its rotary positions end there
+        sizes = f"--height {min(args.height, height)} --width {min(args.width, width)}"
+        raise RunError(f"{model} works up to {height} x {width}: {sizes}, not {args.height} x {args.width}")
+    if args.fps != 16:
+        logger.warning(f"CogVideoX 1.5 makes 16 frames a second: give --fps 16 in place of {args.fps}.")
+    latent_frames = (frames - 1) // 4 + 1
+    if num_padding := -latent_frames % config["patch_size_t"]:
+        padding = f"{latent_frames} latent frames, with {num_padding} of padding before them, as in the pipeline"
+        logger.info(f"{frames} frames are {padding}; {frames + 4 * num_padding} frames would need none.")
 
 
 def model_identity(args: Namespace, *subfolders: str) -> dict:
@@ -1686,9 +1709,6 @@ def main(args: Namespace) -> None:
     transformer_config, vae_config = read_config(args, "transformer")[0], read_config(args, "vae")[0]
     check_model(args, transformer_config, vae_config)
     dataset = VideoDataset(**{name: getattr(args, name) for name in inspect.signature(VideoDataset).parameters})
-    frames = frames_4k_plus_1(args.max_num_frames)
-    if frames != args.max_num_frames:
-        logger.warning(f"--max_num_frames {args.max_num_frames} is not 4k+1: {frames} frames are used.")
     accelerator, engine = get_accelerator(args)
     settings = {name: getattr(args, name) for name in SETTINGS} | {
         "num_clips": len(dataset), "num_processes": accelerator.num_processes, "lora_targets": LORA_TARGETS,

@@ -3,9 +3,10 @@
 #   DATA=~/my_clips PROMPTS="TOK a boat:::TOK a bird" IMAGES=boat.png:::bird.png bash scripts/train_i2v_single_gpu.sh
 # The settings are those of README.md. Flags given to this script are passed on and take precedence over those here.
 # If the run stops, give the same command with --resume_from_checkpoint latest added.
+# CogVideoX 1.5 (MODEL=THUDM/CogVideoX1.5-5B-I2V) needs these flags: --max_num_frames 81 --fps 16 --height 768 --width 1360
 set -euo pipefail
 
-MODEL=${MODEL:-THUDM/CogVideoX-5b-I2V}         # works at 480 x 720 only
+MODEL=${MODEL:-THUDM/CogVideoX-5b-I2V}         # 1.0 works at 480 x 720 only
 MIXED_PRECISION=${MIXED_PRECISION:-bf16}       # the dtype that it was trained in
 DATA=${DATA:?set DATA to the folder of prompts.txt, videos.txt and the clips}
 OUTPUT=${OUTPUT:-cogvideox-i2v-lora}

@@ -3,6 +3,7 @@
 #   MODEL=THUDM/CogVideoX-5b MIXED_PRECISION=bf16 DATA=~/my_clips bash scripts/train_t2v_single_gpu.sh
 # The settings are those of README.md. Flags given to this script are passed on and take precedence over those here.
 # If the run stops, give the same command with --resume_from_checkpoint latest added.
+# CogVideoX 1.5 (MODEL=THUDM/CogVideoX1.5-5B) needs these flags: --max_num_frames 81 --fps 16 --height 768 --width 1360
 set -euo pipefail
 
 MODEL=${MODEL:-THUDM/CogVideoX-2b}             # 2b was trained in fp16, 5b in bf16

@@ -89,7 +89,8 @@ def kind(script) -> str:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> dict[str, Path]:
-    """A tiny model of each kind that the tests train: 5B (rotary positions), 2B (sincos), I2V of any size, 5B-I2V."""
+    """A tiny model of each kind that the tests train: 5B (rotary positions), 2B (sincos), I2V of any size, 5B-I2V, and
+    both of 1.5."""
     folder = tmp_path_factory.mktemp("models")
     return {
         "t2v": tiny.make_model(folder / "cogvideox-tiny"),
@@ -98,6 +99,8 @@ def models(tmp_path_factory) -> dict[str, Path]:
         "i2v learned": tiny.make_model(
             folder / "cogvideox-tiny-i2v-learned", "i2v", use_learned_positional_embeddings=True
         ),
+        "t2v 1.5": tiny.make_model(folder / "cogvideox-1.5-tiny", version="1.5"),
+        "i2v 1.5": tiny.make_model(folder / "cogvideox-1.5-tiny-i2v", "i2v", version="1.5"),
     }
 
 

@@ -193,11 +193,6 @@ def test_size_of_a_model_with_learned_positions(fail, kind, tmp_path):
     assert "--height 64 --width 96" in said and "not 96 x 96" in said
 
 
-def test_cogvideox_1_5_is_refused(fail, kind, tmp_path):
-    other = tiny.make_model(tmp_path / "v15", kind, patch_size_t=2)
-    assert "CogVideoX 1.5" in fail(pretrained_model_name_or_path=other)
-
-
 @ONLY_I2V
 @pytest.mark.parametrize("images", [None, "one.png", "one.png:::one.png:::one.png"])
 def test_prompts_and_images_that_do_not_pair_up(fail, start_images, images):

@@ -37,34 +37,30 @@ def first_frame(script, clip) -> Image.Image:
     return Image.fromarray(script.decord.VideoReader(str(clip))[0].asnumpy())
 
 
-@pytest.fixture
-def inverted_model(tmp_path):
-    """The VAE's scale upside down for images, as in CogVideoX 1.5."""
-    return tiny.make_model(tmp_path / "inverted", "i2v", vae_overrides={"invert_scale_latents": True})
-
-
-@pytest.mark.parametrize("name", ["i2v", "i2v learned", "inverted"])
+@pytest.mark.parametrize(("name", "frames"), [("i2v", 9), ("i2v learned", 9), ("i2v 1.5", 9), ("i2v 1.5", 5)])
 @pytest.mark.usefixtures("no_noise")
-def test_image_latents_are_the_pipelines(script, run, models, inverted_model, one_clip, monkeypatch, name):
-    folder = {"inverted": inverted_model, **models}[name]
+def test_image_latents_are_the_pipelines(script, run, models, one_clip, monkeypatch, name, frames):
+    """CogVideoX 1.5 divides by the VAE's scale. Its 3 latent frames are padded to 4, and the image is in the first."""
+    folder = models[name]
     calls = record_inputs(monkeypatch)
     run(
         pretrained_model_name_or_path=folder, instance_data_root=one_clip, precompute_dir=None, max_train_steps=1,
-        noised_image_dropout=0,
+        noised_image_dropout=0, max_num_frames=frames, seed=2,
     )  # fmt: skip
     trained = calls.pop()["hidden_states"]  # [1, f, 2c, h, w]
     pipe = DiffusionPipeline.from_pretrained(folder)
     image = first_frame(script, one_clip / "videos" / "00.mp4")
-    pipe(image, PROMPT, height=64, width=96, num_frames=9, num_inference_steps=1, output_type="latent")
+    pipe(image, PROMPT, height=64, width=96, num_frames=frames, num_inference_steps=1, output_type="latent")
     sampled = calls.pop()["hidden_states"][1:]  # the half with the prompt
 
-    assert trained.shape == sampled.shape == (1, 3, 8, 8, 12)
+    latent_frames = {9: 4 if "1.5" in name else 3, 5: 2}[frames]
+    assert trained.shape == sampled.shape == (1, latent_frames, 8, 8, 12)
     torch.testing.assert_close(trained[:, :, 4:], sampled[:, :, 4:], rtol=1e-5, atol=1e-6)
     for states in (trained, sampled):
         noisy_latents, image_latents = states[:, :, :4], states[:, :, 4:]
         assert image_latents[:, 0].abs().max() > 0.1 and not image_latents[:, 1:].any()
         assert all(frame.std() > 0.5 for frame in noisy_latents[0])  # at sampling's first step, and by the seed's draw
-    scale = {"inverted": 1 / 1.15258426}.get(name, 1.15258426)
+    scale = 1 / 1.15258426 if "1.5" in name else 1.15258426
     red = np.asarray(image)[:8, 40:48].mean() / 127.5 - 1  # a latent pixel is the mean of 8 x 8 pixels
     assert trained[0, 0, 7, 0, 5].item() == pytest.approx(red * scale, abs=1e-3)
 

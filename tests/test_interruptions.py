@@ -146,7 +146,7 @@ def test_a_decoder_killed_while_it_holds_the_lock_of_the_bars(script, run, clips
 KILLED = {"max_train_steps": 12, "checkpointing_steps": 1, "checkpoints_total_limit": 2, "random_flip": True}
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [4, pytest.param(30, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_killed_at_random_times_and_resumed(script, launch, run, clips, tmp_path, kills):
     """SIGKILL during encoding, loading, training, writing and pruning. Each start has `latest`, and the run ends with
     the weights of a run never killed."""

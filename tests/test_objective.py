@@ -1,6 +1,7 @@
 """Training feeds the transformer what inference feeds it, and the loss is the one written down."""
 
 import pytest
+import tiny
 import torch
 from conftest import BOTH, SCRIPTS
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXTransformer3DModel, DiffusionPipeline
@@ -29,6 +30,9 @@ T2V, I2V = SCRIPTS
 INPUTS = [
     (T2V, "t2v", OWN), (T2V, "t2v", OTHER), (T2V, "t2v sincos", OWN), (T2V, "t2v sincos", OTHER),
     (I2V, "i2v", OWN), (I2V, "i2v", OTHER), (I2V, "i2v learned", OWN),
+    # CogVideoX 1.5 with latent frames of odd number, which are padded, and of even number.
+    *[(T2V, "t2v 1.5", size) for size in (OWN, OTHER, (64, 96, 13), (128, 128, 17), (64, 64, 1))],
+    *[(I2V, "i2v 1.5", size) for size in (OWN, OTHER, (64, 96, 13), (128, 128, 17), (64, 64, 1))],
 ]  # fmt: skip
 
 
@@ -38,6 +42,7 @@ def test_inputs_are_the_pipelines(run, kind, models, name, size, clips, monkeypa
     folder = models[name]
     (clips / "prompts.txt").write_text(f"{PROMPT}\n")
     (clips / "videos.txt").write_text("videos/00.mp4\n")
+    tiny.write_clip(clips / "videos" / "00.mp4", tiny.moving_square(frames, 64, 96))
     calls = record_inputs(monkeypatch)
     changes = {"pretrained_model_name_or_path": folder, "instance_data_root": clips, "max_train_steps": 1}
     run(**changes, height=height, width=width, max_num_frames=frames)
@@ -47,7 +52,9 @@ def test_inputs_are_the_pipelines(run, kind, models, name, size, clips, monkeypa
     pipe(**ask, height=height, width=width, num_frames=frames, num_inference_steps=1, output_type="latent")
     sampled = calls.pop()  # batch: without and with the prompt
 
-    assert sampled.pop("ofs", None) is sampled.pop("attention_kwargs") is None
+    assert sampled.pop("attention_kwargs") is None
+    ofs = sampled.pop("ofs", None)
+    assert trained.pop("ofs", None) == ofs and (ofs is not None) == (name == "i2v 1.5")
     assert set(trained) == set(sampled)
     assert trained["hidden_states"].shape == (1, *sampled["hidden_states"].shape[1:])
     assert trained["hidden_states"].dtype == sampled["hidden_states"].dtype
@@ -76,9 +83,10 @@ def test_latents_have_the_pipelines_layout_and_scale(script, model):
     torch.testing.assert_close(decoded, expected, rtol=1e-4, atol=1e-4)
 
 
-def loss_of(script, kind, transformer, scheduler, latents, **drawn) -> torch.Tensor:
+def loss_of(script, kind, transformer, scheduler, latents, num_padding: int = 0, **drawn) -> torch.Tensor:
     """`diffusion_loss` on `latents`, with no prompt and no image."""
     conditions = {"encoder_hidden_states": torch.zeros(len(latents), 226, 32), "image_rotary_emb": None}
+    conditions["num_padding"] = num_padding
     if kind == "i2v":
         conditions["image_latents"] = torch.zeros_like(latents)
     return script.diffusion_loss(transformer, scheduler, latents, conditions, **drawn)

@@ -27,7 +27,9 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 BASH = [block for language, block in BLOCKS if language == "bash"]
 FLAGS = [block for block in BASH if block.startswith("flags=(")]
-MODELS = dict(zip(["2b", "5b", "5b-i2v"], [b for b in BASH if b.startswith("train=(")], strict=True))
+(TRAIN,) = [block for block in BASH if "train=(" in block]
+MODELS = {name.lower(): block for name, block in re.findall(r"^# CogVideoX-?(\S+)\n(.*?\))\n", TRAIN, re.M | re.S)}
+assert list(MODELS) == ["2b", "5b", "5b-i2v", "1.5-5b", "1.5-5b-i2v"]
 LAUNCHES = dict(
     zip(["one GPU", "resume", "8 GPUs"], [b for b in BASH if b.startswith("accelerate launch")], strict=True)
 )
@@ -73,7 +75,7 @@ def test_launch_commands_are_valid_and_differ_in_the_launch_only(model, tmp_path
     assert vars(parsed["resume"]) == vars(parsed["one GPU"]) | {"resume_from_checkpoint": "latest"}
 
 
-@pytest.mark.parametrize("model", ["2b", "5b-i2v"])
+@pytest.mark.parametrize("model", ["2b", "5b-i2v", "1.5-5b", "1.5-5b-i2v"])
 def test_the_train_and_resume_commands_do_what_the_readme_says(model, models, clips, caplog, request):
     """The first one trains for two steps, the second one for two more. Only the model, the sizes and the number of
     steps are replaced, and the dtype: fp16 needs a GPU."""
@@ -83,8 +85,8 @@ def test_the_train_and_resume_commands_do_what_the_readme_says(model, models, cl
     clips.rename("my_clips")
     for name in ("mouse", "bird"):
         Image.fromarray(tiny.moving_square(1, 64, 96)[0]).save(f"{name}.png")
-    kind = "i2v" if model == "5b-i2v" else "t2v"
-    replaced = ["--pretrained_model_name_or_path", str(models[kind]), "--mixed_precision", "no"]
+    tiny_model = models[("i2v" if model.endswith("i2v") else "t2v") + (" 1.5" if model.startswith("1.5") else "")]
+    replaced = ["--pretrained_model_name_or_path", str(tiny_model), "--mixed_precision", "no"]
     replaced += "--height 64 --width 96 --max_num_frames 9 --num_inference_steps 1 --max_train_steps".split()
     rows = []
     for launch, steps in (("one GPU", 2), ("resume", 4)):
@@ -245,8 +247,10 @@ def test_shell_scripts_have_the_settings_of_the_readme(model, tmp_path):
     expected = vars(script.get_args(flags))
     settings = {"DATA": "my_clips", "OUTPUT": "my_lora", "MIXED_PRECISION": expected["mixed_precision"], **PROMPTS}
     settings["MODEL"] = expected["pretrained_model_name_or_path"]
-    kind = "i2v" if model == "5b-i2v" else "t2v"
-    done = run_shell_script(f"scripts/train_{kind}_single_gpu.sh", tmp_path, **settings)
+    kind = "i2v" if model.endswith("i2v") else "t2v"
+    text = (ROOT / f"scripts/train_{kind}_single_gpu.sh").read_text()
+    more = re.search(r"^# CogVideoX 1.5 .*: (--.*)$", text, re.M)[1].split() if model.startswith("1.5") else []
+    done = run_shell_script(f"scripts/train_{kind}_single_gpu.sh", tmp_path, *more, **settings)
     assert vars(script.get_args(launched(done.stdout.splitlines())[2])) == expected
 
 

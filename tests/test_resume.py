@@ -272,7 +272,7 @@ class Kill(BaseException):
     """Stands for SIGKILL: nothing catches it, and every later call to the file system fails too."""
 
 
-@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [3, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_killed_at_any_call_of_writing_replacing_or_pruning(script, run, flags, tmp_path, monkeypatch, step):
     """Checkpoints 2 and 3 are there, 2 is resumed and 3 is replaced, one is to be kept. Whatever call the kill comes
     at, `latest` finds a complete checkpoint, and the next start ends as if there had been no kill."""

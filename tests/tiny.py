@@ -134,13 +134,19 @@ def make_scheduler() -> CogVideoXDDIMScheduler:
 
 
 def make_model(
-    folder: Path, kind: str = "t2v", rotary: bool = True, vae_overrides: dict | None = None, **transformer_overrides
+    folder: Path, kind: str = "t2v", rotary: bool = True, vae_overrides: dict | None = None, version: str = "1.0",
+    **transformer_overrides,
 ) -> Path:
     """A complete CogVideoX in `folder`, in the layout of `save_pretrained`, small enough to train on a CPU in seconds.
 
-    `kind` is t2v or i2v; 5B-I2V has use_learned_positional_embeddings=True. The VAE works; the transformer and the
-    text encoder have random weights.
+    `kind` is t2v or i2v; 5B-I2V has use_learned_positional_embeddings=True; `version` is 1.0 or 1.5. The VAE works;
+    the transformer and the text encoder have random weights.
     """
+    if version == "1.5":
+        vae_overrides = {"invert_scale_latents": kind == "i2v"} | (vae_overrides or {})
+        size = {"patch_size_t": 2, "patch_bias": False, "sample_height": 16, "sample_width": 16}
+        ofs = {"ofs_embed_dim": transformer_overrides.get("time_embed_dim", 8)} if kind == "i2v" else {}
+        transformer_overrides = size | ofs | transformer_overrides
     make_tokenizer(folder / "tokenizer")
     torch.manual_seed(0)
     text_config = T5Config(
@@ -223,24 +229,33 @@ def show_progress(steps: int, name: str, seconds: float = 10) -> Iterator[int]:
             last = now
 
 
-def pretrain(folder: Path, steps: int, batch_size: int = 16, learning_rate: float = 2e-3) -> None:
-    """Train the whole transformer of the model in `folder` on squares in COLORS, so that a LoRA has a base that can do
-    something: plain v-prediction on exact latents, with the captions' embeddings."""
+def pretrain(
+    folder: Path, steps: int, batch_size: int = 16, learning_rate: float = 2e-3, videos: list | None = None
+) -> None:
+    """Train the whole transformer of the model in `folder` on `videos`, pairs of caption and uint8 [F, H, W, C], so
+    that a LoRA has a base that can do something: plain v-prediction on exact latents, with the captions' embeddings.
+    Without `videos`, on squares in COLORS."""
     pipe = DiffusionPipeline.from_pretrained(folder)
     transformer, config = pipe.transformer.train(), pipe.transformer.config
     takes_image = config.in_channels == 2 * pipe.vae.config.latent_channels
-    height, width = config.sample_height * 8, config.sample_width * 8
+    height, width, scale = 64, 96, pipe.vae.config.scaling_factor
     latents, embeds = [], []
+    videos = videos or [
+        (f"a {color} square moves {way}", moving_square(config.sample_frames, height, width, COLORS[color], way))
+        for color in COLORS
+        for way in WAYS
+    ]
     with torch.no_grad():
-        for color in COLORS:
-            for way in WAYS:
-                video = torch.from_numpy(moving_square(config.sample_frames, height, width, COLORS[color], way))
-                pixels = video.permute(3, 0, 1, 2)[None] / 127.5 - 1  # [1, C, F, H, W]
-                latents.append(pipe.vae.encode(pixels).latent_dist.mean.permute(0, 2, 1, 3, 4))  # [1, f, c, h, w]
-                caption = f"a {color} square moves {way}"
-                embeds.append(pipe.encode_prompt(caption, None, False, max_sequence_length=32)[0])  # [1, S, D]
-        latents = torch.cat(latents) * pipe.vae.config.scaling_factor  # [16, f, c, h, w]
+        for caption, frames in videos:
+            pixels = torch.from_numpy(frames).permute(3, 0, 1, 2)[None] / 127.5 - 1  # [1, C, F, H, W]
+            latents.append(pipe.vae.encode(pixels).latent_dist.mean.permute(0, 2, 1, 3, 4))  # [1, f, c, h, w]
+            embeds.append(pipe.encode_prompt(caption, None, False, max_sequence_length=32)[0])  # [1, S, D]
+        latents = torch.cat(latents)  # [16, f, c, h, w]
+        images = latents[:, :1] / scale if pipe.vae.config.invert_scale_latents else latents[:, :1] * scale
+        padding = -latents.shape[1] % (config.patch_size_t or 1)  # 1.5: copies of the first frame, before it
+        latents = torch.cat([latents[:, :1]] * padding + [latents], dim=1) * scale
         embeds = torch.cat(embeds)  # [16, S, D]
+        ofs = {"ofs": torch.tensor([2.0])} if config.ofs_embed_dim else {}
         rotary = pipe._prepare_rotary_positional_embeddings(height, width, latents.shape[1], latents.device)
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
@@ -252,7 +267,7 @@ def pretrain(folder: Path, steps: int, batch_size: int = 16, learning_rate: floa
         noisy_latents = pipe.scheduler.add_noise(latents[chosen], noise, timesteps)  # [B, f, c, h, w]
         if takes_image:
             image_latents = torch.zeros_like(noisy_latents)
-            image_latents[:, :1] = latents[chosen, :1]
+            image_latents[:, :1] = images[chosen]
             noisy_latents = torch.cat([noisy_latents, image_latents], dim=2)  # [B, f, 2c, h, w]
         velocity_pred = transformer(
             hidden_states=noisy_latents,
@@ -260,8 +275,9 @@ def pretrain(folder: Path, steps: int, batch_size: int = 16, learning_rate: floa
             timestep=timesteps,
             image_rotary_emb=rotary,
             return_dict=False,
+            **ofs,
         )[0]
-        loss = (velocity_pred - velocity).square().mean()
+        loss = (velocity_pred - velocity)[:, padding:].square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
