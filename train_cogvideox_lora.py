@@ -43,6 +43,7 @@ Checkpoints · Validation and publishing · Training
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import functools
 import hashlib
 import importlib.util
@@ -63,7 +64,7 @@ import sys
 import threading
 import time
 from argparse import Namespace
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -91,9 +92,10 @@ from diffusers.optimization import get_scheduler
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import export_to_video
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.utils import disable_progress_bars
 from peft import LoraConfig
+from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -114,19 +116,17 @@ TRAINERS = {"text-to-video": "train_cogvideox_lora.py", "image-to-video": "train
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 LORA_FILE = "pytorch_lora_weights.safetensors"
+VIDEO_TYPES, PICTURE_TYPES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif"}, {".png", ".jpg", ".jpeg", ".webp"}
 STATE_FILE = "training_state.json"  # the last file that is written into a checkpoint: with it, it is complete
 CACHE_FORMAT = 1  # raise it when the content of a precomputed file changes for the same key
 DECODE_SECONDS = 60  # after which a clip counts as one that cannot be decoded
 SHARED_SECONDS = 90  # after which a file that another machine wrote counts as missing; network folders may be slow
 SHARDED_BASE = ("deepspeed zero3", "fsdp2")  # engines under which all processes take part in each forward pass
 POSITION = ("seed", "step", "epoch", "batch")  # of a run in its data
-NOT_FINITE_ADVICE = (
-    "Nothing of this step was saved; earlier checkpoints are kept. "
-    "Try a lower --learning_rate, --mixed_precision bf16 in place of fp16, or a longer --lr_warmup_steps."
-)
 SETTINGS = (  # kept in a checkpoint and shown in the card
     "rank lora_alpha optimizer use_8bit_adam learning_rate lr_scheduler lr_warmup_steps train_batch_size "
-    "gradient_accumulation_steps height width max_num_frames fps frame_sampling video_reshape_mode random_flip seed"
+    "gradient_accumulation_steps height width max_num_frames buckets fps frame_sampling video_reshape_mode "
+    "random_flip caption_dropout eval_split seed"
 ).split()
 
 
@@ -192,9 +192,11 @@ def put_in_place(partial: Path, path: Path) -> None:
 
 
 class OneMessageParser(argparse.ArgumentParser):
-    """Reports all wrong values in one message. argparse would report the first, after the usage of all flags."""
+    """Reports all wrong values in one message. argparse would report the first, after the usage of all flags. Notes
+    which flags are given."""
 
     def _get_values(self, action, arg_strings):
+        self.given.add(action.dest)
         try:
             return super()._get_values(action, arg_strings)
         except argparse.ArgumentError as error:
@@ -222,11 +224,25 @@ def pixels(text: str) -> int:
     return value
 
 
+def bucket(text: str) -> tuple[int, int, int]:
+    """Frames, height and width of "49x480x720"."""
+    with contextlib.suppress(ValueError):
+        frames, height, width = map(int, text.split("x"))
+        sides = [max(16, round(side / 16) * 16) for side in (height, width)]
+        nearest = (max(1, round((frames - 1) / 4) * 4 + 1), *sides)
+        if nearest == (frames, height, width):
+            return nearest
+        text += f" (nearest: {'x'.join(map(str, nearest))})"
+    rule = "4k+1 frames x height x width in multiples of 16, such as 49x480x720"
+    raise argparse.ArgumentTypeError(f"must be {rule}, not {text}")
+
+
 COUNT = functools.partial(number, int, "a whole number, 1 or more", lambda value: value >= 1)
 COUNT_OR_ZERO = functools.partial(number, int, "a whole number, 0 or more", lambda value: value >= 0)
 POSITIVE = functools.partial(number, float, "a number, more than 0", lambda value: value > 0)
 NOT_NEGATIVE = functools.partial(number, float, "a number, 0 or more", lambda value: value >= 0)
 BETA = functools.partial(number, float, "a number, at least 0 and less than 1", lambda value: 0 <= value < 1)
+PROBABILITY = functools.partial(number, float, "from 0 to 1", lambda value: 0 <= value <= 1)
 SEED = functools.partial(number, int, f"from 0 to {2**31 - 1}", lambda value: 0 <= value < 2**31)
 
 
@@ -238,6 +254,9 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     add("--cache_dir", help="where downloaded models and data sets are kept")
     add("--rank", type=COUNT, default=128, help="LoRA rank")
     add("--lora_alpha", type=POSITIVE, default=128, help="the LoRA is applied with strength alpha / rank")
+    layers = f"layers that get a LoRA, named as in the model; default: {' '.join(LORA_TARGETS)}"
+    add("--lora_target_modules", nargs="+", metavar="NAME", default=LORA_TARGETS, help=layers)
+    add("--init_lora", help="LoRA to start from: file, folder or Hub id; rank, alpha and layers are read from it")
     add("--mixed_precision", choices=list(DTYPES), help="compute dtype; default: what accelerate's configuration says")
     add("--enable_slicing", action="store_true", help="VAE slicing: a batch is coded one video at a time")
     add("--enable_tiling", action="store_true", help="VAE tiling: large frames in overlapping tiles, less memory")
@@ -257,10 +276,14 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     add("--video_reshape_mode", choices=["center", "random", "none", "stretch"], default="center", help=crop)
     add("--fps", type=COUNT, default=8, help="rate of --frame_sampling fps and of written videos")
     add("--max_num_frames", type=COUNT, default=49, help="frames taken from a clip at most, 4k+1")
+    sizes = "frames x height x width for clips of many lengths and shapes, such as 49x480x720 49x720x480"
+    add("--buckets", nargs="+", type=bucket, metavar="FxHxW", help=sizes)
     add("--skip_frames_start", type=COUNT_OR_ZERO, default=0, help="frames left out at the start of each clip")
     add("--skip_frames_end", type=COUNT_OR_ZERO, default=0, help="frames left out at the end of each clip")
     add("--frame_sampling", choices=["stride", "uniform", "fps"], default="stride", help="frames taken of a long clip")
     add("--random_flip", action="store_true", help="horizontal flips: each clip is encoded both ways")
+    add("--caption_dropout", type=PROBABILITY, default=0.0, help="probability of training a clip without its caption")
+    add("--eval_split", type=COUNT_OR_ZERO, default=0, help="clips kept out of the training, whose loss is logged")
     workers = "processes that decode clips and read batches; 0: one process decodes"
     add("--dataloader_num_workers", type=COUNT_OR_ZERO, default=0, help=workers)
     add("--skip_bad_videos", action="store_true", help="train without the clips that cannot be decoded")
@@ -322,18 +345,48 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     add("--hub_token", help="token for it; default: the one of `hf auth login`")
 
 
+def layer_names(names) -> list[str]:
+    """`names` of layers in an order that is the same in all runs; peft keeps them as a set."""
+    return [name for name in LORA_TARGETS if name in names] + sorted(set(names) - set(LORA_TARGETS))
+
+
+@functools.cache
+def open_lora(source: str) -> tuple[Path, dict]:
+    """The file of an existing LoRA, and its rank, alpha and layers by the flags' names. Without metadata, it is one of
+    strength 1. Raises RunError."""
+    path = Path(source, LORA_FILE) if Path(source).is_dir() else Path(source)
+    with explain(f"--init_lora {source} is no LoRA in diffusers' format: a file, a folder or a Hub id"):
+        path = path if path.is_file() else Path(hf_hub_download(source, LORA_FILE))
+        with safe_open(path, framework="pt") as file:
+            config = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            ranks = {name: file.get_slice(name).get_shape()[0] for name in file.keys() if "lora_A.weight" in name}
+        rank = max(ranks.values())
+    layers = {re.sub(r"^.*transformer_blocks\.\d+\.(attn1\.)?|\.lora_A\.weight$", "", name) for name in ranks}
+    alpha = config.get("transformer.lora_alpha", rank)
+    return path, {"rank": rank, "lora_alpha": alpha, "lora_target_modules": layer_names(layers)}
+
+
 def get_args(argv: list[str] | None = None) -> Namespace:
     """Parse `argv`, or the process's command line. The token is blanked in `sys.argv`, which trackers record."""
     parser = OneMessageParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.problems = []
+    parser.problems, parser.given = [], set()
     for add_group in (add_data_args, add_validation_args, add_training_args):
         add_group(parser)
     args = parser.parse_args(argv)
+    own = {"rank": args.rank, "lora_alpha": args.lora_alpha}
+    own["lora_target_modules"] = layer_names(args.lora_target_modules)
+    try:
+        lora = open_lora(args.init_lora)[1] if args.init_lora else own
+    except RunError as error:
+        parser.error(str(error))
+    for name in parser.given & own.keys():
+        if own[name] != lora[name]:
+            parser.problems.append(f"--{name} is {own[name]}, but {lora[name]} in --init_lora {args.init_lora}")
     if parser.problems:
         parser.error(parser.problems.pop())
     if argv is None and args.hub_token:
         sys.argv = [word.replace(args.hub_token, "***") for word in sys.argv]
-    return args
+    return Namespace(**vars(args) | lora)
 
 
 def validation_inputs(args: Namespace) -> list[dict]:
@@ -353,7 +406,7 @@ def check_args(args: Namespace) -> None:
     missing = [(flag, package) for package, flag in needs.items() if flag and not importlib.util.find_spec(package)]
     problems = [f"{flag} needs {package}: pip install {package}" for flag, package in missing]
     if args.dataset_name is None and args.instance_data_root is None:
-        problems.append("no data: give --instance_data_root (a folder with two line files) or --dataset_name")
+        problems.append("no data: give --instance_data_root (a folder of clips and captions) or --dataset_name")
     elif args.instance_data_root is not None and not Path(args.instance_data_root).is_dir():
         problems.append(f"--instance_data_root: there is no folder {args.instance_data_root}")
     try:
@@ -391,6 +444,21 @@ def read_lines(path: Path) -> list[str]:
     return [line for line in lines if line]
 
 
+def read_captions_beside(root: Path, missing_file: str) -> list[VideoRecord]:
+    """Records of all clips and pictures below `root`, by path; the caption of x.mp4 is the text of x.txt, as one line.
+    Raises RunError with each clip that has no caption, and each text that has no clip."""
+    files = [path for path in sorted(root.rglob("*")) if "/." not in f"/{path.relative_to(root)}"]  # none is hidden
+    clips = {path: path.with_suffix(".txt") for path in files if path.suffix.lower() in VIDEO_TYPES | PICTURE_TYPES}
+    with explain(f"a caption in {root} cannot be read as UTF-8 text", (OSError, UnicodeDecodeError)):
+        texts = {path: " ".join(path.read_text("utf-8-sig").split()) for path in files if path.suffix == ".txt"}
+    alone = [f"{clip}: it has no caption" for clip, text in clips.items() if not texts.get(text)]
+    alone += [f"{text}: it has no clip" for text in sorted(texts.keys() - set(clips.values()))]
+    if alone or not clips:
+        layout = f"{root} has no file {missing_file}, and is no folder of clips with a .txt file beside each"
+        raise RunError(f"{layout}:\n{listing(alone or ['it has no clips'])}")
+    return [VideoRecord(texts[text], str(clip)) for clip, text in clips.items()]
+
+
 def read_dataset(
     dataset_name: str, config_name: str | None, root: str | None, caption_column: str, video_column: str,
     cache_dir: str | None,
@@ -407,8 +475,8 @@ def read_dataset(
     for flag, column in (("--caption_column", caption_column), ("--video_column", video_column)):
         if column not in table.column_names:
             raise RunError(f"{flag}: {dataset_name} has no column {column!r}, only {', '.join(table.column_names)}")
-    if isinstance(table.features[video_column], datasets.Video):
-        table = table.cast_column(video_column, datasets.Video(decode=False))
+    if isinstance(table.features[video_column], (datasets.Video, datasets.Image)):
+        table = table.cast_column(video_column, type(table.features[video_column])(decode=False))
     if root is None and Path(dataset_name).exists():
         root = dataset_name if Path(dataset_name).is_dir() else Path(dataset_name).parent
     records = []
@@ -474,10 +542,32 @@ def resize_and_crop(
     return frames[..., top : top + height, left : left + width].clamp(-1, 1)  # [F, C, H, W]
 
 
+def choose_bucket(buckets: list[tuple[int, int, int]], num_frames: int, height: int, width: int) -> tuple:
+    """The bucket (F, H, W) that keeps most of a clip: of those with the nearest aspect, the one with the most frames
+    that the clip fills, or the shortest one. One-frame buckets are for pictures, if there are others."""
+    pool = [b for b in buckets if (b[0] == 1) == (num_frames == 1)] or buckets
+    distance = {b: round(abs(math.log(b[1] * width / (b[2] * height))), 6) for b in pool}
+    nearest = [b for b in pool if distance[b] == min(distance.values())]
+    return max((b for b in nearest if b[0] <= num_frames), default=min(nearest))
+
+
+def open_clip(record: VideoRecord) -> tuple[int, float, Callable]:
+    """The number of frames, their rate, and a function from indices to frames, uint8 [F, H0, W0, C]. A picture is a
+    clip of one frame, upright, on white where it is transparent. Raises whatever decord and PIL do."""
+    source = io.BytesIO(record.read_bytes()) if record.read_bytes else record.path
+    if Path(record.path.rstrip(")")).suffix.lower() in PICTURE_TYPES:
+        picture = ImageOps.exif_transpose(Image.open(source)).convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        return 1, 1.0, lambda _indices: np.array(picture)[None]
+    decord.logging.set_level(decord.logging.QUIET)  # FFmpeg's warnings about odd but readable files
+    reader = decord.VideoReader(source)
+    return len(reader), reader.get_avg_fps(), lambda indices: reader.get_batch(indices).asnumpy()
+
+
 class VideoDataset(Dataset):
     """Clips with captions, decoded on access. Items are {"instance_prompt": str, "instance_video": float32 [F, C, H,
-    W] in [-1, 1]}, F = 4k+1. The constructor opens no video. It raises RunError for a data source that cannot work,
-    with all missing files."""
+    W] in [-1, 1], "kept": float32 [2], the parts of its time and of its frames' area that are used}, F = 4k+1. The
+    constructor opens no video. It raises RunError for a data source that cannot work, with all missing files."""
 
     def __init__(
         self, instance_data_root: str | None = None, dataset_name: str | None = None,
@@ -485,10 +575,13 @@ class VideoDataset(Dataset):
         height: int = 480, width: int = 720, video_reshape_mode: str = "center", fps: int = 8,
         max_num_frames: int = 49, skip_frames_start: int = 0, skip_frames_end: int = 0, cache_dir: str | None = None,
         id_token: str | None = None, frame_sampling: str = "stride", seed: int | None = None,
+        buckets: list[tuple[int, int, int]] | None = None,
     ):
         if dataset_name is not None:
             source = (dataset_name, dataset_config_name, instance_data_root, caption_column, video_column, cache_dir)
             self.records = read_dataset(*source)
+        elif not Path(instance_data_root or "", caption_column).is_file():
+            self.records = read_captions_beside(Path(instance_data_root or ""), caption_column)
         else:  # line i of one file belongs to line i of the other
             files = [Path(instance_data_root or "", column) for column in (caption_column, video_column)]
             captions, videos = map(read_lines, files)
@@ -501,11 +594,12 @@ class VideoDataset(Dataset):
             raise RunError(f"no clips in {dataset_name or instance_data_root}: its captions and videos are empty")
         if missing := [r.path for r in self.records if r.read_bytes is None and not Path(r.path).is_file()]:
             raise RunError(f"{len(missing)} of {len(self.records)} videos are missing:\n{listing(missing)}")
-        self.settings = {
-            "height": height, "width": width, "video_reshape_mode": video_reshape_mode,
-            "max_num_frames": max_num_frames, "skip_frames_start": skip_frames_start,
+        self.buckets = buckets or [(max_num_frames, height, width)]
+        one_size = {"height": height, "width": width, "max_num_frames": max_num_frames}
+        self.settings = {  # what changes no pixel is left out, for the cache's key
+            "video_reshape_mode": video_reshape_mode, "skip_frames_start": skip_frames_start,
             "skip_frames_end": skip_frames_end, "frame_sampling": frame_sampling,
-        } | ({"fps": fps} if frame_sampling == "fps" else {})  # what changes no pixel is left out, for the cache's key
+        } | ({"buckets": buckets} if buckets else one_size) | ({"fps": fps} if frame_sampling == "fps" else {})
         if video_reshape_mode in ("random", "none"):
             self.settings["seed"] = seed
         self.id_token = (id_token or "").strip()
@@ -521,29 +615,35 @@ class VideoDataset(Dataset):
         return f"{self.id_token} {self.instance_prompts[index]}".strip()
 
     def __getitem__(self, index: int) -> dict:
-        """Raises whatever decord does for a file that it cannot decode, and ValueError for one without frames."""
+        """Raises whatever decord and PIL do for a file that they cannot decode, and ValueError for one without
+        frames."""
         record, s = self.records[index], self.settings
-        decord.logging.set_level(decord.logging.QUIET)  # FFmpeg's warnings about odd but readable files
-        reader = decord.VideoReader(io.BytesIO(record.read_bytes()) if record.read_bytes else record.path)
-        if len(reader) == 0:
+        num_frames, rate, decode = open_clip(record)
+        if num_frames == 0:
             raise ValueError("it has no frames")
-        rates = (reader.get_avg_fps(), s.get("fps", 8))
-        if s["frame_sampling"] == "fps" and not 0 < rates[0] < math.inf:
-            raise ValueError(f"its frame rate is {rates[0]}, --frame_sampling fps needs a real one")
-        skips = s["skip_frames_start"], s["skip_frames_end"]
-        indices = select_frames(len(reader), s["max_num_frames"], *skips, s["frame_sampling"], rates)
+        if s["frame_sampling"] == "fps" and not 0 < rate < math.inf:
+            raise ValueError(f"its frame rate is {rate}, --frame_sampling fps needs a real one")
+        sampling = s["frame_sampling"] if num_frames > 1 else "stride"
+        options = (s["skip_frames_start"], s["skip_frames_end"], sampling, (rate, s.get("fps", 8)))
+        size = decode([0]).shape[1:3]  # H0, W0
+        available = len(select_frames(num_frames, num_frames, *options))
+        max_num_frames, height, width = choose_bucket(self.buckets, available, *size)
+        indices = select_frames(num_frames, max_num_frames, *options)
         position = None
         if "seed" in s:
             # Drawn from seed and path, not from a stream: the crop stays when other clips are added or reordered.
             draw = random.Random(f"{s['seed']}:{record.path}")
             position = (draw.random(), draw.random())
-        video = torch.empty(len(indices), 3, s["height"], s["width"])  # [F, C, H, W]
+        video = torch.empty(len(indices), 3, height, width)  # [F, C, H, W]
         for start in range(0, len(indices), 8):  # few at a time: 49 frames of 4K as floats are 5 GB
-            frames = torch.from_numpy(reader.get_batch(indices[start : start + 8]).asnumpy())  # [8, H0, W0, C] uint8
+            frames = torch.from_numpy(decode(indices[start : start + 8]))  # [8, H0, W0, C] uint8
             frames = (frames.permute(0, 3, 1, 2).float() - 127.5) / 127.5  # [8, C, H0, W0]
-            mode = s["video_reshape_mode"]
-            video[start : start + 8] = resize_and_crop(frames, s["height"], s["width"], mode, position)
-        return {"instance_prompt": self.prompt(index), "instance_video": video}
+            video[start : start + 8] = resize_and_crop(frames, height, width, s["video_reshape_mode"], position)
+        time_kept = (indices[-1] - indices[0] + 1) / max(1, num_frames - s["skip_frames_start"] - s["skip_frames_end"])
+        aspects = sorted((size[0] / size[1], height / width))
+        area_kept = 1.0 if s["video_reshape_mode"] == "stretch" else aspects[0] / aspects[1]
+        kept = torch.tensor([time_kept, area_kept])  # [2]
+        return {"instance_prompt": self.prompt(index), "instance_video": video, "kept": kept}
 
 
 # ---- Processes ------------------------------------------------------------------------------------------------------
@@ -718,9 +818,11 @@ def load_transformer(args: Namespace, dtype: torch.dtype) -> CogVideoXTransforme
     return transformer.requires_grad_(False)
 
 
-def add_lora(transformer: CogVideoXTransformer3DModel, rank: int, lora_alpha: float) -> list[torch.nn.Parameter]:
-    """Add LoRA matrices to the attention projections; returns them, the only parameters that train, in fp32."""
-    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=lora_alpha, target_modules=LORA_TARGETS))
+def add_lora(
+    transformer: CogVideoXTransformer3DModel, rank: int, lora_alpha: float, layers: list[str] = LORA_TARGETS
+) -> list[torch.nn.Parameter]:
+    """Add LoRA matrices to `layers`; returns them, the only parameters that train, in fp32."""
+    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=lora_alpha, target_modules=layers))
     cast_training_params(transformer, dtype=torch.float32)
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
@@ -749,8 +851,8 @@ def lora_weights(transformer: CogVideoXTransformer3DModel) -> dict[str, Tensor]:
 def save_lora(transformer: CogVideoXTransformer3DModel, folder: Path, weights: dict[str, Tensor]) -> None:
     """Write `weights`, of `lora_weights`, as LORA_FILE into `folder`, complete or not at all. Its metadata makes
     `pipe.load_lora_weights(folder)` apply alpha / rank, once. Raises RunError, code 1."""
-    # peft keeps the targets as a set, whose order changes from run to run; the file must not.
-    metadata = transformer.peft_config["default"].to_dict() | {"target_modules": LORA_TARGETS}
+    config = transformer.peft_config["default"]
+    metadata = config.to_dict() | {"target_modules": layer_names(config.target_modules)}
     path = folder / LORA_FILE
     with explain(f"{path} cannot be written", (OSError, SafetensorError), exit_code=1):
         PIPELINE.save_lora_weights(
@@ -760,12 +862,12 @@ def save_lora(transformer: CogVideoXTransformer3DModel, folder: Path, weights: d
         put_in_place(partial_name(path), path)
 
 
-def load_lora(transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
-    """Read LORA_FILE of `folder` into the LoRA of `transformer`. Raises RunError if they do not fit."""
-    saved = {name.removeprefix("transformer."): tensor for name, tensor in load_file(folder / LORA_FILE).items()}
+def load_lora(transformer: CogVideoXTransformer3DModel, path: Path) -> None:
+    """Read the file `path` into the LoRA of `transformer`. Raises RunError if they do not fit."""
+    saved = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
     parameters = lora_parameters(transformer)
     if {n: tensor.shape for n, tensor in saved.items()} != {n: tensor.shape for n, tensor in parameters.items()}:
-        raise RunError(f"--resume_from_checkpoint: {folder / LORA_FILE} does not fit this run's layers or --rank")
+        raise RunError(f"{path} does not fit the layers and the rank of this run")
     with torch.no_grad():
         for name, parameter in parameters.items():
             tensor = saved[name].to(parameter.device)
@@ -881,22 +983,28 @@ def check_model(args: Namespace, transformer_config: dict, vae_config: dict) -> 
         raise RunError(f"{model}: its transformer takes {in_channels} channels, its VAE makes {latent_channels}")
     if kind != KIND:
         raise RunError(f"{model} is a model for {kind}: train it with {TRAINERS[kind]}")
-    height, width = (config[name] * pixels_per_latent(vae_config) for name in ("sample_height", "sample_width"))
-    if config.get("use_learned_positional_embeddings") and (args.height, args.width) != (height, width):
-        sizes = f"--height {height} --width {width}, not {args.height} x {args.width}"
-        raise RunError(f"{model} has learned positions and works at its own size only: {sizes}")
+    own = [config[name] * pixels_per_latent(vae_config) for name in ("sample_height", "sample_width")]
+    is_fixed, patch_size_t = config.get("use_learned_positional_embeddings"), config.get("patch_size_t")
+    for size in ([args.height, args.width], *(list(sides) for _, *sides in args.buckets or [])):
+        nearest = own if is_fixed else list(map(min, size, own))
+        if size != nearest and (is_fixed or patch_size_t):  # its table of positions has this size
+            works = f"works {'at' if is_fixed else 'up to'} {own[0]} x {own[1]}"
+            raise RunError(f"{model} {works}: --height {nearest[0]} --width {nearest[1]}, not {size[0]} x {size[1]}")
+    with torch.device("meta"):
+        modules = CogVideoXTransformer3DModel.from_config(config).named_modules()
+    layers = [f".{name}" for name, module in modules if isinstance(module, torch.nn.Linear)]
+    for name in args.lora_target_modules:
+        if not any(layer.endswith(f".{name}") for layer in layers):
+            names = {re.sub(r"^\.transformer_blocks\.\d+\.(attn1\.)?|^\.", "", layer) for layer in layers}
+            nearest = ", ".join(difflib.get_close_matches(name, names, cutoff=0))
+            raise RunError(f"--lora_target_modules: {model} has no layer {name} (nearest: {nearest})")
     frames = frames_4k_plus_1(args.max_num_frames)
     if frames != args.max_num_frames:
         logger.warning(f"--max_num_frames {args.max_num_frames} is not 4k+1: {frames} frames are used.")
-    if not config.get("patch_size_t"):
-        return
-    if args.height > height or args.width > width:  # its rotary positions end there
-        sizes = f"--height {min(args.height, height)} --width {min(args.width, width)}"
-        raise RunError(f"{model} works up to {height} x {width}: {sizes}, not {args.height} x {args.width}")
-    if args.fps != 16:
+    if patch_size_t and args.fps != 16:
         logger.warning(f"CogVideoX 1.5 makes 16 frames a second: give --fps 16 in place of {args.fps}.")
     latent_frames = (frames - 1) // 4 + 1
-    if num_padding := -latent_frames % config["patch_size_t"]:
+    if num_padding := -latent_frames % (patch_size_t or 1):
         padding = f"{latent_frames} latent frames, with {num_padding} of padding before them, as in the pipeline"
         logger.info(f"{frames} frames are {padding}; {frames + 4 * num_padding} frames would need none.")
 
@@ -1013,12 +1121,13 @@ def encode_clip(vae: AutoencoderKLCogVideoX, video: Tensor, seed: int) -> dict: 
 
 
 def decode_in_child(sender, dataset: VideoDataset, index: int, dtype: torch.dtype) -> None:
-    """Send the pixels of a clip as a safetensors file, or the text of what is wrong with it."""
+    """Send `video` [F, C, H, W] and `kept` [2] as a safetensors file, or the text of what is wrong with the clip."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)  # a forked process has none of its parent's threads
     try:
-        answer = safetensors.torch.save({"video": dataset[index]["instance_video"].to(dtype)})  # [F, C, H, W]
+        item = dataset[index]
+        answer = safetensors.torch.save({"video": item["instance_video"].to(dtype), "kept": item["kept"]})
     except Exception as error:  # decord, PIL and torch have their own kinds
         text = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         text = re.sub(r"^(\[[\d:]+\] \S+: )*(Check failed: .*? vs\. .*?\) ?)?", "", text)  # decord's line and check
@@ -1027,7 +1136,7 @@ def decode_in_child(sender, dataset: VideoDataset, index: int, dtype: torch.dtyp
 
 
 def decode_videos(dataset: VideoDataset, indices: list[int], dtype: torch.dtype, num_workers: int) -> Iterator[tuple]:
-    """Each clip's index with its pixels [F, C, H, W], or with what is wrong with it. Every clip has a process of its
+    """Each clip's index with what `decode_in_child` sent, tensors by name or a text. Every clip has a process of its
     own, `num_workers` of them at a time: a file that crashes the decoder, hangs it or exhausts its memory costs that
     clip and nothing else. (decord aborts the process on some files.)"""
     context, waiting, running = multiprocessing.get_context("fork"), deque(indices), deque()
@@ -1049,7 +1158,7 @@ def decode_videos(dataset: VideoDataset, indices: list[int], dtype: torch.dtype,
         process.kill()
         process.join()
         receiver.close()
-        yield index, answer if isinstance(answer, str) else safetensors.torch.load(answer)["video"]
+        yield index, answer if isinstance(answer, str) else safetensors.torch.load(answer)
 
 
 def precompute_videos(args: Namespace, accelerator: Accelerator, dataset: VideoDataset) -> list[tuple | None]:
@@ -1075,14 +1184,15 @@ def precompute_videos(args: Namespace, accelerator: Accelerator, dataset: VideoD
     videos = decode_videos(dataset, share, dtype, max(1, args.dataloader_num_workers))
     bad = {}
     with shared_work():
-        for index, video in progress_bar(iterable=videos, total=len(share), desc="Encoding videos", unit="video"):
-            if isinstance(video, str):
-                bad[paths[index]] = f"{dataset.records[index].path}: {video}"
+        for index, answer in progress_bar(iterable=videos, total=len(share), desc="Encoding videos", unit="video"):
+            if isinstance(answer, str):
+                bad[paths[index]] = f"{dataset.records[index].path}: {answer}"
                 continue
+            video = answer["video"]  # [F, C, H, W]
             for path, pixels in zip(paths[index], (video, video.flip(-1)), strict=False):  # [F, C, H, W]
                 if not is_item(path, "moments"):
                     # The path is a hash of the content: the seed is the clip's own, and equal in every run.
-                    write_item(path, **encode_clip(vae, pixels, seed=int(path.stem[:15], 16)))
+                    write_item(path, **encode_clip(vae, pixels, seed=int(path.stem[:15], 16)), kept=answer["kept"])
     vae = None
     clear_device_cache(garbage_collection=True)
     bad = {files: problem for found in gather(bad) for files, problem in found.items()}
@@ -1100,62 +1210,80 @@ def precompute_videos(args: Namespace, accelerator: Accelerator, dataset: VideoD
 
 class LatentDataset(Dataset):
     """Precomputed clips, read on access: a dict of `prompt_embeds` [S, D] and the tensors of `encode_clip`. The key
-    (index, flipped) comes from the sampler, which draws the flips."""
+    (index, is flipped, has no caption) comes from the sampler, which draws. `clips` are the files of each clip (and of
+    its mirror image) and of its prompt. `num_held_out` of them, drawn by `seed` from each shape in turn, are not
+    trained on. Raises RunError if none is left."""
 
-    def __init__(self, video_files: list[tuple[Path, ...]], prompt_files: list[Path]):
-        self.video_files, self.prompt_files = video_files, prompt_files
-        self.shapes = []  # latent shape of each clip, from the files' headers
-        for files in video_files:
+    def __init__(self, clips: list[tuple[tuple[Path, ...], Path]], no_prompt: Path, num_held_out: int, seed: int):
+        self.clips, self.no_prompt, self.shapes, self.kept = clips, no_prompt, [], []
+        for files, _ in clips:
             with safe_open(files[0], framework="pt") as item:
                 self.shapes.append(tuple(item.get_slice("moments").get_shape()))
+                self.kept.append(item.get_tensor("kept").tolist() if "kept" in item.keys() else [1.0, 1.0])
+        if num_held_out >= len(clips):
+            raise RunError(f"--eval_split {num_held_out} leaves nothing of {len(clips)} clips to train on")
+        of_shape = {shape: [] for shape in self.shapes}
+        for index in random.Random(f"held out {seed}").sample(range(len(clips)), len(clips)):
+            of_shape[self.shapes[index]].append(index)
+        turns = itertools.chain(*itertools.zip_longest(*of_shape.values()))  # the first of each shape, the second, …
+        self.held_out = [index for index in turns if index is not None][:num_held_out]
 
-    def __getitem__(self, key: tuple[int, bool]) -> dict[str, Tensor]:
-        index, flipped = key
-        return load_file(self.video_files[index][int(flipped)]) | load_file(self.prompt_files[index])
+    def __getitem__(self, key: tuple[int, bool, bool]) -> dict[str, Tensor]:
+        index, is_flipped, has_no_caption = key
+        files, prompt = self.clips[index]
+        item = load_file(files[int(is_flipped)]) | load_file(self.no_prompt if has_no_caption else prompt)
+        return {name: tensor for name, tensor in item.items() if name != "kept"}
 
 
-class ShapeBatchSampler(Sampler[list[tuple[int, bool]]]):
-    """Batches of (index, flipped) in which all clips have one latent shape, for one of `num_processes` processes. The
-    order of epoch e is a function of (seed, e) alone, so a position in the data is two numbers, and to resume there
-    reads nothing of what came before. Set `epoch` and `first_batch` before iterating."""
+class ShapeBatchSampler(Sampler[list[tuple[int, bool, bool]]]):
+    """Batches of keys of a `LatentDataset` in which all clips have one latent shape, for the process `share[0]` of
+    `share[1]`. The order of epoch e is a function of (seed, e) alone, so a position in the data is two numbers, and to
+    resume there reads nothing of what came before. Set `epoch` and `first_batch` before iterating."""
 
     def __init__(
-        self, shapes: list[tuple[int, ...]], batch_size: int, seed: int, random_flip: bool = False,
-        num_processes: int = 1, process_index: int = 0,
+        self, shapes: dict[int, tuple[int, ...]], batch_size: int, seed: int, random_flip: bool = False,
+        caption_dropout: float = 0.0, share: tuple[int, int] = (0, 1),
     ):
         self.shapes, self.batch_size, self.seed, self.random_flip = shapes, batch_size, seed, random_flip
-        self.num_processes, self.process_index = num_processes, process_index
-        self.epoch, self.first_batch = 0, 0
+        self.caption_dropout, self.share, self.epoch, self.first_batch = caption_dropout, share, 0, 0
 
-    def all_batches(self) -> list[list[tuple[int, bool]]]:
+    def all_batches(self) -> list[list[tuple[int, bool, bool]]]:
         """The epoch's batches of all processes: clips in random order fill the open batch of their shape."""
         draw = random.Random(f"{self.seed}:{self.epoch}")
-        order = list(range(len(self.shapes)))
+        order = list(self.shapes)
         draw.shuffle(order)
         batches, filling = [], {}
         for index in order:
             batch = filling.setdefault(self.shapes[index], [])
-            batch.append((index, self.random_flip and draw.random() < 0.5))
+            is_flipped = self.random_flip and draw.random() < 0.5
+            batch.append((index, is_flipped, self.caption_dropout > 0 and draw.random() < self.caption_dropout))
             if len(batch) == self.batch_size:
                 batches.append(filling.pop(self.shapes[index]))
         batches += filling.values()
-        missing = -len(batches) % self.num_processes  # every process takes the same number of batches
+        missing = -len(batches) % self.share[1]  # every process takes the same number of batches
         return batches + [batches[i % len(batches)] for i in range(missing)]
 
-    def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
-        yield from self.all_batches()[self.process_index :: self.num_processes][self.first_batch :]
+    def __iter__(self) -> Iterator[list[tuple[int, bool, bool]]]:
+        yield from self.all_batches()[self.share[0] :: self.share[1]][self.first_batch :]
 
     def __len__(self) -> int:
         """Batches in a whole epoch of this process."""
-        return len(self.all_batches()) // self.num_processes
+        return len(self.all_batches()) // self.share[1]
+
+
+def report_clips(latents: LatentDataset, names: list[str]) -> None:
+    """Log how many clips have each size, and which lose more than half of their frames or pixels."""
+    sizes = Counter(f"{4 * f - 3} x {8 * h} x {8 * w}" for _, f, h, w in latents.shapes)
+    logger.info(f"Clips: {', '.join(f'{count} of {size}' for size, count in sorted(sizes.items()))}")
+    if cut := [name for name, kept in zip(names, latents.kept, strict=True) if min(kept) < 0.5]:
+        logger.warning(f"More than half of the frames or of the pixels is cut off:\n{listing(cut)}")
 
 
 def get_dataloader(args: Namespace, accelerator: Accelerator, dataset: LatentDataset, seed: int) -> tuple:
     """The loader of this process's batches, on its device, and the sampler that says where in the data it is."""
-    sampler = ShapeBatchSampler(
-        dataset.shapes, args.train_batch_size, seed, args.random_flip, accelerator.num_processes,
-        accelerator.process_index,
-    )
+    shapes = {index: shape for index, shape in enumerate(dataset.shapes) if index not in dataset.held_out}
+    share = (accelerator.process_index, accelerator.num_processes)
+    sampler = ShapeBatchSampler(shapes, args.train_batch_size, seed, args.random_flip, args.caption_dropout, share)
     workers = args.dataloader_num_workers
     loader = DataLoader(
         dataset, batch_sampler=sampler, num_workers=workers, persistent_workers=workers > 0,
@@ -1237,6 +1365,7 @@ class Run:
     noise_scheduler: CogVideoXDPMScheduler
     vae_config: dict
     prompt_files: dict[str, Path]
+    latents: LatentDataset
     max_train_steps: int
     settings: dict  # what a checkpoint must fit
     seed: int  # of the data order
@@ -1272,6 +1401,13 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(filter(states.get, states), key=lambda folder: states[folder]["saved_at"])
 
 
+def not_finite(run: Run, what: str) -> RunError:
+    newest = ["none", *list_checkpoints(Path(run.args.output_dir))][-1]
+    saved = f"Nothing of this step was saved; the last checkpoint is {newest}"
+    advice = "a lower --learning_rate, --mixed_precision bf16 in place of fp16, or a longer --lr_warmup_steps"
+    return RunError(f"step {run.step}: {what}. {saved}. Try {advice}.", exit_code=3)
+
+
 def remove_checkpoint(folder: Path) -> None:
     """The name goes first, so that a kill leaves no part of a checkpoint under it."""
     shutil.rmtree(partial_name(folder), ignore_errors=True)
@@ -1288,7 +1424,7 @@ def save_checkpoint(run: Run) -> None:
     partial, is_written = partial_name(folder), False
     weights = lora_weights(run.base)
     if not all(weight.isfinite().all() for weight in weights.values()):
-        raise RunError(f"step {run.step}: weights of the LoRA are not finite. {NOT_FINITE_ADVICE}", exit_code=3)
+        raise not_finite(run, "weights of the LoRA are not finite")
     in_first(remove_checkpoint, folder)
     with attempt(f"Writing {folder}"):
         partial.mkdir(parents=True, exist_ok=True)
@@ -1390,7 +1526,7 @@ def resume(run: Run, folder: Path) -> None:
     # A process without generators in the checkpoint must not draw the run's first noise again.
     set_seed(run.seed + run.step, device_specific=True)
     if accelerator.distributed_type != DistributedType.DEEPSPEED:  # which keeps it in fp32 and in the compute dtype
-        load_lora(run.base, folder)
+        load_lora(run.base, folder / LORA_FILE)
     if accelerator.is_fsdp2:
         plugin = accelerator.state.fsdp_plugin
         load_fsdp_optimizer(plugin, accelerator, run.optimizer, run.transformer, str(folder))
@@ -1422,14 +1558,12 @@ def start_trackers(args: Namespace, accelerator: Accelerator) -> None:
         accelerator.init_trackers(args.tracker_name or DEFAULT_OUTPUT_DIR, config, folder)
 
 
-def log_metrics(run: Run, metrics: dict) -> None:
-    """One optimizer step, in metrics.jsonl and in the trackers: by grouped names, and by those of the originals."""
+def log_metrics(run: Run, metrics: dict, scalars: dict) -> None:
+    """Write `metrics` of the last step as a line of metrics.jsonl, and `scalars` to the trackers."""
     if not run.accelerator.is_main_process:
         return
     # JSON has no NaN or Infinity: they become null, which every reader takes.
     row = {"step": run.step} | {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-    scalars = {f"train/{name}": metrics[name] for name in ("loss", "lr", "grad_norm")}
-    scalars |= {"train/step_time": metrics["seconds"], "loss": metrics["loss"], "lr": metrics["lr"]}
     with attempt("Writing metrics.jsonl"), Path(run.args.output_dir, "metrics.jsonl").open("a") as file:
         file.write(f"{json.dumps(row)}\n")
     with attempt("Logging to the trackers"):
@@ -1485,6 +1619,28 @@ def sampling_settings(args: Namespace) -> dict:
     return {"num_frames": frames_4k_plus_1(args.max_num_frames)} | {name: getattr(args, name) for name in names}
 
 
+@torch.no_grad()
+def log_held_out_loss(run: Run) -> None:
+    """Log the mean loss of the clips of --eval_split at 10 noise levels, with the same noise each time. Collective."""
+    accelerator, clips, losses = run.accelerator, run.latents.held_out, {}
+    args = Namespace(**vars(run.args) | {"noised_image_dropout": 0})
+    timesteps = torch.linspace(0, run.noise_scheduler.config.num_train_timesteps - 1, 10).long().to(accelerator.device)
+    rounds = len(clips) + -len(clips) % accelerator.num_processes  # in step, for bases in shards: some repeat a clip
+    for number in range(accelerator.process_index, rounds, accelerator.num_processes):
+        index = clips[number % len(clips)]
+        item = run.latents[index, False, False]
+        batch = {name: tensor[None].to(accelerator.device) for name, tensor in item.items()}
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            torch.manual_seed(index)
+            latents, conditions = prepare_batch(batch, run.base.config, run.vae_config, args)
+            given = (run.base, run.noise_scheduler, latents, conditions, None)
+            losses[index] = sum(diffusion_loss(*given, timestep).item() for timestep in timesteps.split(1))
+    losses = {index: loss for found in gather(losses) for index, loss in found.items()}
+    mean = {"validation/loss": sum(losses.values()) / len(losses) / len(timesteps)}
+    log_metrics(run, mean, mean)
+    logger.info(f"Loss of {len(losses)} held-out clips at step {run.step}: {mean['validation/loss']:.4f}")
+
+
 def run_validation(run: Run, is_final: bool = False) -> list[tuple[str, Path]]:
     """Sample the validation prompts with the LoRA as it is, each process its share; returns each video with its
     prompt. These were encoded at the start, so the text encoder is not loaded. A failure (out of memory, a full disk)
@@ -1495,6 +1651,8 @@ def run_validation(run: Run, is_final: bool = False) -> list[tuple[str, Path]]:
     rounds = len(inputs) + (-len(inputs) % accelerator.num_processes if in_step else 0)
     share, sampled, videos = range(accelerator.process_index, rounds, accelerator.num_processes), [], []
     run.base.eval()
+    if run.latents.held_out:
+        log_held_out_loss(run)
     with attempt("Validation"):
         vae = load_vae(args, DTYPES[accelerator.mixed_precision]).to(accelerator.device) if share else None
         pipe = PIPELINE(None, None, vae, run.base, run.noise_scheduler)
@@ -1654,11 +1812,13 @@ def train(run: Run, loader: DataLoader, sampler: ShapeBatchSampler) -> None:
             mean_loss, norm, stop = accelerator.reduce(numbers, reduction="mean").tolist()
             # An fp16 gradient may overflow: the gradient scaler then skips the step, and nothing is lost.
             if not math.isfinite(mean_loss) or not (math.isfinite(norm) or accelerator.optimizer_step_was_skipped):
-                problem = f"the loss is {mean_loss}, the gradient norm {norm}"
-                raise RunError(f"step {run.step}: {problem}. {NOT_FINITE_ADVICE}", exit_code=3)
+                raise not_finite(run, f"the loss is {mean_loss}, the gradient norm {norm}")
             # The logged rate is that of the next step, as the originals logged it.
             metrics = {"loss": mean_loss, "lr": run.lr_scheduler.get_last_lr()[0], "grad_norm": norm}
-            log_metrics(run, metrics | {"seconds": round(time.perf_counter() - started, 4)})
+            seconds = round(time.perf_counter() - started, 4)
+            scalars = {f"train/{name}": value for name, value in metrics.items()} | {"train/step_time": seconds}
+            originals = {"loss": mean_loss, "lr": metrics["lr"]}  # by their names
+            log_metrics(run, metrics | {"seconds": seconds}, scalars | originals)
             progress.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{metrics['lr']:.2e}", refresh=False)
             progress.update()
 
@@ -1711,9 +1871,10 @@ def main(args: Namespace) -> None:
     dataset = VideoDataset(**{name: getattr(args, name) for name in inspect.signature(VideoDataset).parameters})
     accelerator, engine = get_accelerator(args)
     settings = {name: getattr(args, name) for name in SETTINGS} | {
-        "num_clips": len(dataset), "num_processes": accelerator.num_processes, "lora_targets": LORA_TARGETS,
-        "mixed_precision": accelerator.mixed_precision, "engine": engine,
+        "num_clips": len(dataset), "num_processes": accelerator.num_processes, "engine": engine,
+        "mixed_precision": accelerator.mixed_precision, "lora_targets": args.lora_target_modules,
     }  # fmt: skip
+    settings = json.loads(json.dumps(settings))  # as a checkpoint has them
     checkpoint = in_first(find_checkpoint, args, settings)
     repo_id = in_first(check_hub_access, args)
     in_first(make_output_folders, args, checkpoint)
@@ -1721,6 +1882,8 @@ def main(args: Namespace) -> None:
     if args.allow_tf32:
         torch.set_float32_matmul_precision("high")
     seed = gather(random.SystemRandom().getrandbits(31) if args.seed is None else args.seed)[0]
+    if checkpoint is not None:
+        seed = read_training_state(checkpoint)["state"]["seed"]
 
     # Each encoder is alone on the device, and freed before the transformer is loaded.
     captions = [dataset.prompt(index) for index in range(len(dataset))]
@@ -1729,26 +1892,31 @@ def main(args: Namespace) -> None:
     video_files = precompute_videos(args, accelerator, dataset)
     files = [*prompt_files.values(), *itertools.chain(*filter(None, video_files))]
     wait_for_files([Path(args.output_dir, "metrics.jsonl"), *files])
-    usable = [(files, prompt_files[caption]) for files, caption in zip(video_files, captions, strict=True) if files]
-    loader, sampler = get_dataloader(args, accelerator, LatentDataset(*map(list, zip(*usable, strict=True))), seed)
+    clips = [(files, prompt_files[caption]) for files, caption in zip(video_files, captions, strict=True) if files]
+    latents = LatentDataset(clips, prompt_files[""], args.eval_split, seed)
+    report_clips(latents, [record.path for record, files in zip(dataset.records, video_files, strict=True) if files])
+    loader, sampler = get_dataloader(args, accelerator, latents, seed)
     steps_per_epoch = math.ceil(len(sampler) / args.gradient_accumulation_steps)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
 
     set_seed(seed)  # the LoRA starts the same in all processes
     transformer = load_transformer(args, DTYPES[accelerator.mixed_precision])
-    num_trainable = sum(parameter.numel() for parameter in add_lora(transformer, args.rank, args.lora_alpha))
+    lora = add_lora(transformer, args.rank, args.lora_alpha, args.lora_target_modules)
+    num_trainable = sum(parameter.numel() for parameter in lora)
+    if args.init_lora:
+        load_lora(transformer, open_lora(args.init_lora)[0])
     noise_scheduler = CogVideoXDPMScheduler.from_pretrained(**pretrained_source(args, "scheduler"))
     gather()  # a slow disk of one process must not end the others' first collective
     trained = prepare(args, accelerator, transformer, max_train_steps)
     # accelerate writes and reads what these leave in the lists: not the frozen base.
     accelerator.register_save_state_pre_hook(lambda _models, weights, _folder: weights.clear())
     accelerator.register_load_state_pre_hook(lambda models, _folder: models.clear())
-    run = Run(args, accelerator, *trained, noise_scheduler, vae_config, prompt_files, max_train_steps, settings, seed)
+    data = (vae_config, prompt_files, latents)
+    run = Run(args, accelerator, *trained, noise_scheduler, *data, max_train_steps, settings, seed)
     set_seed(seed, device_specific=True)  # each process draws its own noise
     if checkpoint is not None:
         resume(run, checkpoint)
-        sampler.seed = run.seed
-    logger.info(f"Clips: {len(usable)}. Steps: {max_train_steps}, {steps_per_epoch} an epoch")
+    logger.info(f"Steps: {max_train_steps}, {steps_per_epoch} an epoch")
     logger.info(f"LoRA: {num_trainable:,} parameters of rank {args.rank}, applied at {args.lora_alpha / args.rank:g}")
     try:
         with run.stop.installed():

@@ -211,6 +211,8 @@ def word_list(values: dict) -> list[str]:
     for name, value in values.items():
         if value is True:
             words.append(f"--{name}")
+        elif isinstance(value, list):
+            words += [f"--{name}", *value]
         elif value is not None and value is not False:
             words += [f"--{name}", str(value)]
     return words

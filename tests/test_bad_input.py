@@ -102,10 +102,11 @@ def test_no_such_root(fail, tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", ["prompts.txt", "videos.txt"])
-def test_missing_line_file(fail, clips, name):
-    (clips / name).unlink()
-    assert f"{clips / name} cannot be read" in fail()
+def test_missing_line_file(fail, clips):
+    (clips / "videos.txt").unlink()
+    assert f"{clips / 'videos.txt'} cannot be read" in fail()
+    (clips / "prompts.txt").unlink()
+    assert f"{clips} has no file prompts.txt, and is no folder of clips with a .txt file beside each:" in fail()
 
 
 def test_line_file_that_is_not_text(fail, clips):

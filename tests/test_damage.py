@@ -119,12 +119,13 @@ def test_every_broken_clip_is_decoded_or_named(script, corpus, monkeypatch):
     folder.mkdir()
     memory = []
     good, bad = 0, {}
-    for index, video in script.decode_videos(dataset, list(range(len(corpus))), torch.float32, 2):
+    for index, answer in script.decode_videos(dataset, list(range(len(corpus))), torch.float32, 2):
         memory.append(psutil.Process().memory_info().rss)
-        if isinstance(video, str):
-            assert re.fullmatch(r"[^\n]+", video) and not re.search(r"\d{9}|^\[\d\d:", video), video  # no raw codes
-            bad[corpus[index].stem] = video
+        if isinstance(answer, str):
+            assert re.fullmatch(r"[^\n]+", answer) and not re.search(r"\d{9}|^\[\d\d:", answer), answer  # no raw codes
+            bad[corpus[index].stem] = answer
         else:
+            video = answer["video"]
             assert video.shape[1:] == (3, 64, 96) and len(video) % 4 == 1 and video.isfinite().all()
             good += 1
     assert good + len(bad) == len(corpus) and good > 10 and len(bad) > 50
@@ -162,15 +163,17 @@ def test_a_clip_that_hangs_or_crashes_costs_itself_only(script, shared_clips, mo
     found = dict(script.decode_videos(dataset, [0, 1, 2, 3], torch.float32, workers))
     assert found[0] == "it was not decoded within 2 seconds"
     assert found[1] == "the decoder crashed on it" and found[2] == "last line"
-    assert torch.equal(found[3], dataset[3]["instance_video"])
+    assert torch.equal(found[3]["video"], dataset[3]["instance_video"])
     assert not psutil.Process().children() or all(c.name() != "python" for c in psutil.Process().children())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_pixels_come_back_as_they_were_decoded(script, shared_clips, dtype):
     dataset = columns(script, shared_clips)
-    for index, video in script.decode_videos(dataset, [2, 0, 1], dtype, 2):
-        assert video.dtype == dtype and torch.equal(video, dataset[index]["instance_video"].to(dtype))
+    for index, answer in script.decode_videos(dataset, [2, 0, 1], dtype, 2):
+        video = answer["video"]
+        assert answer["kept"].tolist() == [1, 1] and video.dtype == dtype
+        assert torch.equal(video, dataset[index]["instance_video"].to(dtype))
 
 
 def test_bad_videos_end_the_run_or_are_left_out(script, run, clips, monkeypatch, caplog):

@@ -214,7 +214,7 @@ def losses_with_images(script, model, output, clips, weight: float = 1.0) -> lis
     args = script.get_args(["--pretrained_model_name_or_path", str(model)])
     transformer = script.load_transformer(args, torch.float32)
     script.add_lora(transformer, 16, 16)
-    script.load_lora(transformer, output)
+    script.load_lora(transformer, output / script.LORA_FILE)
     pipe = DiffusionPipeline.from_pretrained(model)
     prompt_embeds = pipe.encode_prompt(CAPTION, None, False, max_sequence_length=32)[0].repeat(32, 1, 1)
     columns = {"caption_column": "all.txt", "video_column": "files.txt"}

@@ -40,7 +40,7 @@ def test_one_clip_is_counted_right(launch, clips):
     child = launch(instance_data_root=clips, precompute_dir=None, max_train_steps=1)
     assert child.wait() == 0
     assert "prompts: 2 of 2 to encode" in child.said()  # the caption and the empty prompt
-    assert "videos: 1 of 1 to encode" in child.said() and "Clips: 1." in child.said()
+    assert "videos: 1 of 1 to encode" in child.said() and "Clips: 1 of 9 x 64 x 96" in child.said()
     assert not re.search(r"\b1 (video|clip|prompt|item)s", child.said())
 
 

@@ -187,7 +187,7 @@ def test_the_scripts_may_share_a_folder(models, clips, tmp_path):
         words += f"--width 96 --max_num_frames 9 --rank 2 --max_train_steps 1 --output_dir {tmp_path}/output-{number}"
         script.main(script.get_args(["--pretrained_model_name_or_path", str(folder), *words.split()]))
     sizes = [len(load_file(path)) for path in (clips / ".cogvideox_precomputed" / "videos").iterdir()]
-    assert sorted(sizes) == [1] * 4 + [2] * 4
+    assert sorted(sizes) == [2] * 4 + [3] * 4  # moments, kept, and those of the image
 
 
 def stop_half_way_through_the_third_video(_script) -> None:
@@ -227,6 +227,7 @@ def test_stored_files_hold_what_training_needs(rerun, clips):
     rerun(mixed_precision="bf16", random_flip=True)
     folder = clips / ".cogvideox_precomputed"
     videos = [load_file(path) for path in folder.glob("videos/*")]
+    assert all(item.pop("kept").tolist() == [1, 1] for item in videos)
     prompts = [load_file(path) for path in folder.glob("prompts/*")]
     assert len(videos) == 8 and {tuple(item["moments"].shape) for item in videos} == {(8, 3, 8, 12)}
     assert {tuple(item["prompt_embeds"].shape) for item in prompts} == {(226, 32)}

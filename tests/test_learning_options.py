@@ -1,0 +1,260 @@
+"""Caption dropout, held-out clips, a LoRA to start from, and the layers that get one."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from conftest import BOTH
+from diffusers import DiffusionPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_objective import record_inputs
+from test_training import read_metrics, same_tensors
+
+FOUR = ["to_k", "to_q", "to_v", "to_out.0"]
+
+
+def all_rows(output) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---- caption dropout ------------------------------------------------------------------------------------------------
+
+
+def test_captions_are_dropped_clip_by_clip_and_step_by_step(script):
+    shapes = dict.fromkeys(range(100), (8, 3, 8, 12))
+    sampler = script.ShapeBatchSampler(shapes, 4, seed=0, random_flip=True, caption_dropout=0.3)
+    epochs = []
+    for sampler.epoch in range(10):
+        epochs.append({index: dropped for batch in sampler for index, _, dropped in batch})
+    drops = [dropped for epoch in epochs for dropped in epoch.values()]
+    assert len(drops) == 1000 and 250 < sum(drops) < 350
+    assert any(epoch[0] for epoch in epochs) and not all(epoch[0] for epoch in epochs)
+    without = script.ShapeBatchSampler(shapes, 4, seed=0, random_flip=True)
+    assert not any(dropped for batch in without for *_, dropped in batch)
+
+
+@pytest.mark.parametrize(("probability", "expected"), [(0, 0), (1, 1)])
+def test_a_dropped_caption_is_the_empty_prompt(run, model, monkeypatch, probability, expected):
+    empty = DiffusionPipeline.from_pretrained(model).encode_prompt("", None, False)[0]  # [1, S, D]
+    calls = record_inputs(monkeypatch)
+    run(caption_dropout=probability, max_train_steps=4)
+    embeds = torch.cat([call["encoder_hidden_states"] for call in calls])  # [8, S, D]
+    assert [torch.allclose(clip, empty[0], atol=1e-4) for clip in embeds] == [bool(expected)] * 8
+
+
+# ---- held-out clips -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_lengths(tmp_path):
+    """Six clips of 9 frames and three of 5."""
+    root = tiny.make_clips(tmp_path / "clips", count=6)
+    for number in range(6, 9):
+        tiny.write_clip(root / "videos" / f"0{number}.mp4", tiny.moving_square(5, 64, 96))
+    with (root / "prompts.txt").open("a") as prompts, (root / "videos.txt").open("a") as videos:
+        prompts.write("a short clip\n" * 3)
+        videos.write("".join(f"videos/0{number}.mp4\n" for number in range(6, 9)))
+    return root
+
+
+def latents_of(script, shapes, num_held_out, seed, folder):
+    clips = []
+    for number, frames in enumerate(shapes):
+        path = folder / f"{number}.safetensors"
+        save_file({"moments": torch.zeros(8, frames, 2, 2)}, path)
+        clips.append(((path,), path))
+    return script.LatentDataset(clips, clips[0][1], num_held_out, seed)
+
+
+def test_held_out_clips_are_of_every_shape_in_turn_and_of_the_seed(script, tmp_path):
+    shapes = [3] * 6 + [2] * 3 + [1]
+    chosen = [latents_of(script, shapes, 5, seed, tmp_path).held_out for seed in range(20)]
+    assert len(set(map(tuple, chosen))) > 10 and chosen[3] == latents_of(script, shapes, 5, 3, tmp_path).held_out
+    for held_out in chosen:
+        assert len(set(held_out)) == 5 and sorted(shapes[index] for index in held_out) == [1, 2, 2, 3, 3]
+    assert latents_of(script, shapes, 0, 0, tmp_path).held_out == []
+    assert len(latents_of(script, shapes, 9, 0, tmp_path).held_out) == 9
+    with pytest.raises(script.RunError, match="--eval_split 10 leaves nothing of 10 clips to train on"):
+        latents_of(script, shapes, 10, 0, tmp_path)
+
+
+def loss_by_hand(script, model, output, item, kind) -> float:
+    """Plain v-prediction of the saved LoRA for one encoded clip, with the noise that the script draws for it."""
+    pipe = DiffusionPipeline.from_pretrained(model)
+    pipe.load_lora_weights(output)
+    latents = script.sample_latents(item["moments"][None], pipe.vae.config.scaling_factor)  # [1, f, C, h, w]
+    image = []
+    if kind == "i2v":
+        image_latents = torch.zeros_like(latents)
+        image_latents[:, :1] = script.sample_latents(item["image_moments"][None], pipe.vae.config.scaling_factor)
+        torch.rand(1)  # the draw of the dropout
+        image = [image_latents]
+    rotary = pipe._prepare_rotary_positional_embeddings(64, 96, latents.shape[1], latents.device)
+    losses = []
+    for level in range(0, 1000, 111):
+        timestep, noise = torch.tensor([level]), torch.randn_like(latents)
+        noisy = pipe.scheduler.add_noise(latents, noise, timestep)
+        with torch.no_grad():
+            velocity = pipe.transformer(
+                hidden_states=torch.cat([noisy, *image], dim=2), encoder_hidden_states=item["prompt_embeds"][None],
+                timestep=timestep, image_rotary_emb=rotary,
+            ).sample  # fmt: skip
+        losses.append((velocity - pipe.scheduler.get_velocity(latents, noise, timestep)).square().mean().item())
+    return sum(losses) / 10
+
+
+@BOTH
+def test_held_out_clips_are_not_trained_on_and_their_loss_is_logged(
+    script, run, kind, model, two_lengths, monkeypatch, caplog
+):
+    caplog.set_level("INFO")
+    items = []
+    get = script.LatentDataset.__getitem__
+    monkeypatch.setattr(script.LatentDataset, "__getitem__", lambda self, key: items.append(key[0]) or get(self, key))
+    made = []
+    init = script.LatentDataset.__init__
+    monkeypatch.setattr(script.LatentDataset, "__init__", lambda self, *a: init(self, *a) or made.append(self))
+    steps = {"max_train_steps": None, "num_train_epochs": 2, "validation_epochs": 1, "train_batch_size": 1}
+    output = run(instance_data_root=two_lengths, precompute_dir=None, eval_split=2, learning_rate=1e-2, **steps)
+    held_out = made[0].held_out
+    assert len(held_out) == 2 and sorted(len(made[0].shapes[i]) and made[0].shapes[i][1] for i in held_out) == [2, 3]
+    assert items.count(held_out[0]) == items.count(held_out[1]) == 2  # at the first epoch's end, and at the end
+    assert {index: items.count(index) for index in range(9) if index not in held_out} == dict.fromkeys(
+        set(range(9)) - set(held_out), 2
+    )
+    rows = all_rows(output)
+    losses = {row["step"]: row["validation/loss"] for row in rows if "validation/loss" in row}
+    assert list(losses) == [7, 14] and losses[7] != losses[14]
+    assert f"Loss of 2 held-out clips at step 14: {losses[14]:.4f}" in caplog.text
+    by_hand = []
+    for index in held_out:
+        torch.manual_seed(index)
+        by_hand.append(loss_by_hand(script, model, output, made[0][index, False, False], kind))
+    assert losses[14] == pytest.approx(sum(by_hand) / 2, rel=1e-3)
+
+
+def test_the_split_costs_nothing_and_changes_no_training_number(script, run, two_lengths, tmp_path):
+    """Logging the loss draws from no generator of the training."""
+    source = {"instance_data_root": two_lengths, "precompute_dir": tmp_path / "pre", "eval_split": 3}
+    often = run(**source, max_train_steps=4, validation_steps=1)
+    once = run(**source, max_train_steps=4)
+    assert [row for row in all_rows(once)][-1].keys() == {"step", "validation/loss"}
+    assert same_tensors(*(load_file(output / script.LORA_FILE) for output in (often, once)))
+    assert all_rows(often)[-1] == all_rows(once)[-1]
+    without = all_rows(run(**source | {"eval_split": 0}, max_train_steps=2))
+    assert not any("validation/loss" in row for row in without)
+
+
+def test_resumed_with_the_same_clips_held_out_though_no_seed_is_given(script, run, two_lengths, monkeypatch, tmp_path):
+    made = []
+    init = script.LatentDataset.__init__
+    monkeypatch.setattr(script.LatentDataset, "__init__", lambda self, *a: init(self, *a) or made.append(self))
+    source = {"instance_data_root": two_lengths, "precompute_dir": tmp_path / "pre", "eval_split": 4, "seed": None}
+    run(**source, max_train_steps=2, output_dir=tmp_path / "output")
+    run(**source, max_train_steps=4, resume_from_checkpoint="latest")
+    assert made[0].held_out == made[1].held_out
+
+
+def test_two_processes_share_the_held_out_clips(launch, run, two_lengths, tmp_path):
+    source = {"instance_data_root": two_lengths, "precompute_dir": tmp_path / "pre", "eval_split": 3}
+    source |= {"max_train_steps": 2, "learning_rate": 1e-9, "optimizer": "adamw"}  # it stays as it starts
+    one = run(**source, output_dir=tmp_path / "one")
+    children = launch(2, **source, output_dir=tmp_path / "two")
+    assert [child.wait() for child in children] == [0, 0], children[0].said()[-2000:]
+    losses = [all_rows(output)[-1]["validation/loss"] for output in (one, tmp_path / "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+# ---- a LoRA to start from -------------------------------------------------------------------------------------------
+
+
+def test_it_starts_from_a_lora(script, run):
+    earlier = run(rank=3, lora_alpha=6, lora_target_modules=["to_v", "ff.net.2"], learning_rate=1e-2)
+    weights = load_file(earlier / script.LORA_FILE)
+    for source in (earlier, earlier / script.LORA_FILE):
+        flags = {"init_lora": source, "rank": None, "lora_alpha": None, "learning_rate": 1e-12, "optimizer": "adamw"}
+        output = run(**flags, max_train_steps=1)
+        continued = load_file(output / script.LORA_FILE)
+        assert continued.keys() == weights.keys()
+        for name, tensor in continued.items():
+            torch.testing.assert_close(tensor, weights[name], rtol=1e-5, atol=1e-8)
+        with safe_open(output / script.LORA_FILE, framework="pt") as file:
+            metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+        assert (metadata["transformer.r"], metadata["transformer.lora_alpha"]) == (3, 6)
+        assert metadata["transformer.target_modules"] == ["to_v", "ff.net.2"]
+
+
+def test_a_lora_without_metadata_has_strength_1(script, run, flags, tmp_path):
+    weights = load_file(run(rank=4, lora_alpha=2) / script.LORA_FILE)
+    save_file(weights, tmp_path / "bare.safetensors")
+    args = script.get_args(flags(init_lora=tmp_path / "bare.safetensors", rank=None, lora_alpha=None))
+    assert (args.rank, args.lora_alpha, args.lora_target_modules) == (4, 4, FOUR)
+
+
+def test_a_lora_on_the_hub(script, run, flags, monkeypatch):
+    output = run(rank=4, lora_alpha=2)
+    monkeypatch.setattr(script, "hf_hub_download", lambda repo, name: {"me/lora": output}[repo] / name)
+    args = script.get_args(flags(init_lora="me/lora", rank=None, lora_alpha=None))
+    assert (args.rank, args.lora_alpha, args.lora_target_modules) == (4, 2, FOUR)
+
+
+def test_flags_that_contradict_the_lora_are_refused_with_both_values(script, run, flags, capsys, tmp_path):
+    output = run(rank=4, lora_alpha=2)
+    agrees = flags(init_lora=output, rank=4, lora_alpha=2, lora_target_modules=["to_out.0", "to_q", "to_k", "to_v"])
+    assert script.get_args(agrees).lora_target_modules == FOUR
+    with pytest.raises(SystemExit) as error:
+        script.get_args(flags(init_lora=output, rank=8, lora_alpha=3, lora_target_modules=["to_q"]))
+    said = capsys.readouterr().err
+    assert error.value.code == 2 and f"--rank is 8, but 4 in --init_lora {output}" in said
+    assert "--lora_alpha is 3.0, but 2" in said and f"--lora_target_modules is ['to_q'], but {FOUR}" in said
+    (tmp_path / "bad.safetensors").write_bytes(b"no LoRA")
+    for source in (tmp_path / "bad.safetensors", tmp_path, "no/where"):
+        with pytest.raises(SystemExit) as error:
+            script.get_args(flags(init_lora=source))
+        said = capsys.readouterr().err
+        assert error.value.code == 2 and f"--init_lora {source} is no LoRA in diffusers' format" in said
+
+
+def test_defaults_of_the_lora(script):
+    args = script.get_args(["--pretrained_model_name_or_path", "m"])
+    assert (args.rank, args.lora_alpha, args.lora_target_modules, args.init_lora) == (128, 128, FOUR, None)
+
+
+# ---- layers ---------------------------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_other_layers_are_trained_saved_and_loaded_by_the_pipeline(script, run, model):
+    layers = ["ff.net.0.proj", "ff.net.2", "to_q"]
+    output = run(lora_target_modules=layers, learning_rate=1e-2)
+    weights = load_file(output / script.LORA_FILE)
+    assert len(weights) == 2 * 3 * 2 and all(tensor.abs().sum() > 0 for tensor in weights.values())
+    # What ComfyUI's wrapper (kijai) asks for.
+    assert all(name.startswith("transformer.") for name in weights)
+    assert all(name.endswith(("lora_A.weight", "lora_B.weight")) for name in weights)
+    pipe = DiffusionPipeline.from_pretrained(model)
+    pipe.load_lora_weights(output)
+    assert set(pipe.transformer.peft_config["default_0"].target_modules) == set(layers)
+    trained = {n: p for n, p in pipe.transformer.named_parameters() if "lora_" in n}
+    assert len(trained) == len(weights)
+    for name, tensor in weights.items():
+        loaded = trained[name.removeprefix("transformer.").replace(".weight", ".default_0.weight")]
+        assert torch.equal(loaded, tensor)
+
+
+def test_an_unknown_layer_is_refused_with_the_nearest(script, run):
+    with pytest.raises(script.RunError, match=r"no layer ff.net.1 \(nearest: .*ff.net.2") as error:
+        run(lora_target_modules=["to_q", "ff.net.1"])
+    assert error.value.exit_code == 2
+
+
+def test_resuming_with_other_layers_is_refused(script, run):
+    run(lora_target_modules=["to_q"])
+    with pytest.raises(script.RunError, match="lora_targets was"):
+        run(lora_target_modules=["to_q", "to_k"], resume_from_checkpoint="latest")
+
+
+def test_rows_of_the_training_are_as_before(run):
+    assert [row.keys() for row in read_metrics(run())] == [{"step", "loss", "lr", "grad_norm", "seconds"}] * 2
