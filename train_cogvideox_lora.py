@@ -122,6 +122,7 @@ CACHE_FORMAT = 1  # raise it when the content of a precomputed file changes for 
 DECODE_SECONDS = 60  # after which a clip counts as one that cannot be decoded
 SHARED_SECONDS = 90  # after which a file that another machine wrote counts as missing; network folders may be slow
 SHARDED_BASE = ("deepspeed zero3", "fsdp2")  # engines under which all processes take part in each forward pass
+RESUME_HINT = "To continue, give the same command with --resume_from_checkpoint latest."
 POSITION = ("seed", "step", "epoch", "batch")  # of a run in its data
 SETTINGS = (  # kept in a checkpoint and shown in the card
     "rank lora_alpha optimizer use_8bit_adam learning_rate lr_scheduler lr_warmup_steps train_batch_size "
@@ -226,15 +227,9 @@ def pixels(text: str) -> int:
 
 def bucket(text: str) -> tuple[int, int, int]:
     """Frames, height and width of "49x480x720"."""
-    with contextlib.suppress(ValueError):
-        frames, height, width = map(int, text.split("x"))
-        sides = [max(16, round(side / 16) * 16) for side in (height, width)]
-        nearest = (max(1, round((frames - 1) / 4) * 4 + 1), *sides)
-        if nearest == (frames, height, width):
-            return nearest
-        text += f" (nearest: {'x'.join(map(str, nearest))})"
-    rule = "4k+1 frames x height x width in multiples of 16, such as 49x480x720"
-    raise argparse.ArgumentTypeError(f"must be {rule}, not {text}")
+    if len(sizes := text.split("x")) != 3 or COUNT(sizes[0]) % 4 != 1:
+        raise argparse.ArgumentTypeError(f"must be 4k+1 frames x height x width, such as 49x480x720, not {text}")
+    return int(sizes[0]), pixels(sizes[1]), pixels(sizes[2])
 
 
 COUNT = functools.partial(number, int, "a whole number, 1 or more", lambda value: value >= 1)
@@ -992,11 +987,11 @@ def check_model(args: Namespace, transformer_config: dict, vae_config: dict) -> 
             raise RunError(f"{model} {works}: --height {nearest[0]} --width {nearest[1]}, not {size[0]} x {size[1]}")
     with torch.device("meta"):
         modules = CogVideoXTransformer3DModel.from_config(config).named_modules()
-    layers = [f".{name}" for name, module in modules if isinstance(module, torch.nn.Linear)]
+    linear = [name for name, module in modules if isinstance(module, torch.nn.Linear)]
+    layers = {re.sub(r"^transformer_blocks\.\d+\.(attn1\.)?", "", name) for name in linear}
     for name in args.lora_target_modules:
-        if not any(layer.endswith(f".{name}") for layer in layers):
-            names = {re.sub(r"^\.transformer_blocks\.\d+\.(attn1\.)?|^\.", "", layer) for layer in layers}
-            nearest = ", ".join(difflib.get_close_matches(name, names, cutoff=0))
+        if not any(f".{layer}".endswith(f".{name}") for layer in linear):
+            nearest = ", ".join(difflib.get_close_matches(name, layers, cutoff=0))
             raise RunError(f"--lora_target_modules: {model} has no layer {name} (nearest: {nearest})")
     frames = frames_4k_plus_1(args.max_num_frames)
     if frames != args.max_num_frames:
@@ -1096,7 +1091,8 @@ def precompute_prompts(args: Namespace, accelerator: Accelerator, prompts: list[
     if share := new[accelerator.process_index :: accelerator.num_processes]:
         tokenizer = T5Tokenizer.from_pretrained(**pretrained_source(args, "tokenizer"))
         text_encoder = T5EncoderModel.from_pretrained(**pretrained_source(args, "text_encoder", dtype)).to(device)
-        if too_long := [prompt for prompt in new if len(tokenizer(prompt, verbose=False).input_ids) > num_tokens]:
+        too_long = [f"{p[:60]}…" for p in new if len(tokenizer(p, verbose=False).input_ids) > num_tokens]
+        if too_long:
             logger.warning(f"Cut to the {num_tokens} tokens that the model takes:\n{listing(too_long)}")
     with shared_work():
         for prompt in progress_bar(iterable=share, desc="Encoding prompts", unit="prompt"):
@@ -1211,15 +1207,20 @@ def precompute_videos(args: Namespace, accelerator: Accelerator, dataset: VideoD
 class LatentDataset(Dataset):
     """Precomputed clips, read on access: a dict of `prompt_embeds` [S, D] and the tensors of `encode_clip`. The key
     (index, is flipped, has no caption) comes from the sampler, which draws. `clips` are the files of each clip (and of
-    its mirror image) and of its prompt. `num_held_out` of them, drawn by `seed` from each shape in turn, are not
-    trained on. Raises RunError if none is left."""
+    its mirror image), that of its prompt, and its name. `num_held_out` of them, drawn by `seed` from each shape in
+    turn, are not trained on. Logs the sizes, and which clips lose much. Raises RunError if no clip is left."""
 
-    def __init__(self, clips: list[tuple[tuple[Path, ...], Path]], no_prompt: Path, num_held_out: int, seed: int):
-        self.clips, self.no_prompt, self.shapes, self.kept = clips, no_prompt, [], []
-        for files, _ in clips:
+    def __init__(self, clips: list[tuple[tuple[Path, ...], Path, str]], no_prompt: Path, num_held_out: int, seed: int):
+        self.clips, self.no_prompt, self.shapes, cut_off = clips, no_prompt, [], []
+        for files, _, name in clips:
             with safe_open(files[0], framework="pt") as item:
                 self.shapes.append(tuple(item.get_slice("moments").get_shape()))
-                self.kept.append(item.get_tensor("kept").tolist() if "kept" in item.keys() else [1.0, 1.0])
+                if "kept" in item.keys() and item.get_tensor("kept").min() < 0.5:
+                    cut_off.append(name)
+        sizes = Counter(f"{4 * f - 3} x {8 * h} x {8 * w}" for _, f, h, w in self.shapes)
+        logger.info(f"Clips: {', '.join(f'{count} of {size}' for size, count in sorted(sizes.items()))}")
+        if cut_off:
+            logger.warning(f"More than half of the frames or of the pixels is cut off:\n{listing(cut_off)}")
         if num_held_out >= len(clips):
             raise RunError(f"--eval_split {num_held_out} leaves nothing of {len(clips)} clips to train on")
         of_shape = {shape: [] for shape in self.shapes}
@@ -1230,7 +1231,7 @@ class LatentDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, bool, bool]) -> dict[str, Tensor]:
         index, is_flipped, has_no_caption = key
-        files, prompt = self.clips[index]
+        files, prompt, _ = self.clips[index]
         item = load_file(files[int(is_flipped)]) | load_file(self.no_prompt if has_no_caption else prompt)
         return {name: tensor for name, tensor in item.items() if name != "kept"}
 
@@ -1269,14 +1270,6 @@ class ShapeBatchSampler(Sampler[list[tuple[int, bool, bool]]]):
     def __len__(self) -> int:
         """Batches in a whole epoch of this process."""
         return len(self.all_batches()) // self.share[1]
-
-
-def report_clips(latents: LatentDataset, names: list[str]) -> None:
-    """Log how many clips have each size, and which lose more than half of their frames or pixels."""
-    sizes = Counter(f"{4 * f - 3} x {8 * h} x {8 * w}" for _, f, h, w in latents.shapes)
-    logger.info(f"Clips: {', '.join(f'{count} of {size}' for size, count in sorted(sizes.items()))}")
-    if cut := [name for name, kept in zip(names, latents.kept, strict=True) if min(kept) < 0.5]:
-        logger.warning(f"More than half of the frames or of the pixels is cut off:\n{listing(cut)}")
 
 
 def get_dataloader(args: Namespace, accelerator: Accelerator, dataset: LatentDataset, seed: int) -> tuple:
@@ -1463,7 +1456,7 @@ def save_after_error(run: Run, batch: int, random_state: Tensor, cuda_states: li
         torch.cuda.set_rng_state_all(cuda_states)
         run.batch, run.accelerator.step = batch, 0  # the micro-batches of the failed step will be taken again
         save_checkpoint(run)
-        logger.error(resume_hint(run.args))
+        logger.error(RESUME_HINT)
 
 
 def find_checkpoint(args: Namespace, settings: dict) -> Path | None:
@@ -1537,13 +1530,6 @@ def resume(run: Run, folder: Path) -> None:
     clips = run.batch * saved["train_batch_size"] * saved["num_processes"]  # taken of this epoch
     run.batch = clips // (settings["train_batch_size"] * settings["num_processes"])
     logger.info(f"Resumed {folder}: step {run.step}, epoch {run.epoch + 1}, batch {run.batch} of it")
-
-
-def resume_hint(args: Namespace) -> str:
-    """How a run that ends early is continued."""
-    for newest in list_checkpoints(Path(args.output_dir))[-1:]:
-        return f"To continue, give the same command with --resume_from_checkpoint latest ({newest.name})."
-    return "There is no checkpoint: the same command with --resume_from_checkpoint latest starts from the beginning."
 
 
 # ---- Validation and publishing --------------------------------------------------------------------------------------
@@ -1827,7 +1813,7 @@ def train(run: Run, loader: DataLoader, sampler: ShapeBatchSampler) -> None:
                 save_checkpoint(run)
             if stop:
                 number = signal.Signals(run.stop.number or signal.SIGTERM)  # none: another process got it
-                raise RunError(f"stopped by {number.name} after step {run.step}. {resume_hint(args)}", 128 + number)
+                raise RunError(f"stopped by {number.name} after step {run.step}. {RESUME_HINT}", 128 + number)
             if is_last:
                 break
             if args.validation_steps and run.step % args.validation_steps == 0:
@@ -1892,9 +1878,8 @@ def main(args: Namespace) -> None:
     video_files = precompute_videos(args, accelerator, dataset)
     files = [*prompt_files.values(), *itertools.chain(*filter(None, video_files))]
     wait_for_files([Path(args.output_dir, "metrics.jsonl"), *files])
-    clips = [(files, prompt_files[caption]) for files, caption in zip(video_files, captions, strict=True) if files]
-    latents = LatentDataset(clips, prompt_files[""], args.eval_split, seed)
-    report_clips(latents, [record.path for record, files in zip(dataset.records, video_files, strict=True) if files])
+    clips = zip(video_files, map(prompt_files.get, captions), [record.path for record in dataset.records], strict=True)
+    latents = LatentDataset([clip for clip in clips if clip[0]], prompt_files[""], args.eval_split, seed)
     loader, sampler = get_dataloader(args, accelerator, latents, seed)
     steps_per_epoch = math.ceil(len(sampler) / args.gradient_accumulation_steps)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
@@ -1943,12 +1928,12 @@ def command_line() -> None:
     except RunError as error:
         problem = error
     except KeyboardInterrupt:
-        problem = RunError(f"interrupted; what is encoded is kept. {resume_hint(args)}", 128 + signal.SIGINT)
+        problem = RunError(f"interrupted; what is encoded is kept. {RESUME_HINT}", 128 + signal.SIGINT)
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         what = f"another process of this run was lost, or did not start ({str(error).splitlines()[0]})"
-        problem = RunError(f"{what}. {resume_hint(args)}", exit_code=5)
+        problem = RunError(f"{what}. {RESUME_HINT}", exit_code=5)
     if problem and (problem.exit_code == 5 or os.environ.get("LOCAL_RANK", "0") == "0"):
         kind = "" if problem.exit_code > 128 else "error: "
         print(f"{Path(sys.argv[0]).name}: {kind}{problem}", file=sys.stderr, flush=True)

@@ -182,16 +182,16 @@ def test_frames_cut_off_are_warned_of(run, tmp_path, caplog):
 
 
 @pytest.mark.parametrize(("text", "said"), [
-    ("50x64x96", "(nearest: 49x64x96)"), ("9x60x97", "(nearest: 9x64x96)"), ("9x64", "not 9x64"),
-    ("0x0x0", "(nearest: 1x16x16)"), ("axbxc", "not axbxc"),
+    ("50x64x96", "4k+1 frames x height x width, such as 49x480x720, not 50x64x96"), ("9x64", "not 9x64"),
+    ("9x60x96", "a multiple of 16, not 60 (nearest: 64)"), ("0x64x96", "a whole number, 1 or more, not 0"),
+    ("axbxc", "a whole number, 1 or more, not a"),
 ])  # fmt: skip
 def test_what_is_no_bucket_is_refused(script, flags, capsys, text, said):
     with pytest.raises(SystemExit) as error:
         script.get_args(flags(buckets=["9x64x96", text]))
     assert error.value.code == 2
     written = capsys.readouterr().err
-    assert "--buckets must be 4k+1 frames x height x width in multiples of 16, such as 49x480x720" in written
-    assert said in written
+    assert "--buckets must be " in written and said in written
 
 
 def test_a_bucket_that_the_model_cannot_do_is_refused(script, run, models):

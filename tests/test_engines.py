@@ -243,7 +243,7 @@ def pretend_fsdp2(folder: Path):
 def test_fsdp2_is_the_plain_run_of_two_processes(script, launch, tmp_path):
     """To the bit in bf16; resumed it is the run never stopped. The block is the unit, the base is spread."""
     ask = {"validation_prompt": "a red square:::a blue square:::a green square", "num_inference_steps": 1}
-    settings = SETTINGS | ask | {"max_grad_norm": 1.0}
+    settings = SETTINGS | ask | {"max_grad_norm": 1.0, "eval_split": 1}
     finish(launch(2, output_dir=tmp_path / "plain", **settings))
     environment = launched_with(CONFIGS / "fsdp2.yaml", 2) | {"ACCELERATE_USE_CPU": "true"}
     fsdp2 = {"environment": environment, "prepare": pretend_fsdp2(tmp_path)}
@@ -255,6 +255,8 @@ def test_fsdp2_is_the_plain_run_of_two_processes(script, launch, tmp_path):
     assert rates(output) == rates(tmp_path / "plain")
     names = [sorted(path.name for path in folder.glob("validation/*")) for folder in (output, tmp_path / "plain")]
     assert names[0] == names[1] and len(names[0]) == 3
+    held_out = [read_metrics(folder, "validation/loss") for folder in (output, tmp_path / "plain")]
+    assert held_out[0] == held_out[1] and held_out[0][-1]["step"] == 6
     for rank in (0, 1):
         assert notes(tmp_path, "units", rank) == [["FSDPCogVideoXTransformer3DModel", "FSDPCogVideoXBlock"]]
         assert notes(tmp_path, "dtypes", rank)[0]["base"] == "torch.bfloat16"

@@ -58,7 +58,7 @@ def test_signal_finishes_the_step_and_writes_a_checkpoint(script, launch, run, t
     output = tmp_path / "output"
     child = launch(prepare=signal_at_step_3(number), report_to="tensorboard", tracker_name="t", **ENDLESS)
     assert child.wait() == code
-    hint = "To continue, give the same command with --resume_from_checkpoint latest (checkpoint-3)"
+    hint = "To continue, give the same command with --resume_from_checkpoint latest."
     assert f"{script.__name__}.py: stopped by {number.name} after step 3. {hint}" in child.said()
     assert "Traceback" not in child.said() and "error:" not in child.said()
     assert [row["step"] for row in read_metrics(output)] == [1, 2, 3] and checkpoints(output) == ["checkpoint-3"]
@@ -272,7 +272,7 @@ def test_out_of_memory_leaves_a_checkpoint_of_the_last_complete_step(script, lau
     assert child.wait(60) == 1
     assert "OutOfMemoryError: no memory for this step" in child.said() and "Traceback" in child.said()
     assert checkpoints(tmp_path / "output") == ["checkpoint-2"]
-    assert "--resume_from_checkpoint latest (checkpoint-2)" in child.said()
+    assert "To continue, give the same command with --resume_from_checkpoint latest." in child.said()
     resumed = run(resume_from_checkpoint="latest", **settings)
     never_failed = run(output_dir=tmp_path / "never", **settings)
     assert same_tensors(load_file(resumed / script.LORA_FILE), load_file(never_failed / script.LORA_FILE))

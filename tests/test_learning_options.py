@@ -64,7 +64,7 @@ def latents_of(script, shapes, num_held_out, seed, folder):
     for number, frames in enumerate(shapes):
         path = folder / f"{number}.safetensors"
         save_file({"moments": torch.zeros(8, frames, 2, 2)}, path)
-        clips.append(((path,), path))
+        clips.append(((path,), path, str(number)))
     return script.LatentDataset(clips, clips[0][1], num_held_out, seed)
 
 

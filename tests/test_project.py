@@ -403,9 +403,12 @@ def test_show_run(tmp_path, capsys):
     with pytest.raises(SystemExit, match="no metrics.jsonl"):
         tool.main(output, None)
     rows = [{"step": step, "loss": 1 / step if step != 3 else None} for step in range(1, 7)]
+    rows += [{"step": step, "validation/loss": loss} for step, loss in ((2, 0.5), (4, 0.25), (6, 0.75))]
     (output / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tool.main(output, tmp_path / "loss.png")
-    assert "Loss over 5 steps" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Loss over 5 steps" in said
+    assert "held-out clips: first 0.5000 at step 2, lowest 0.2500 at step 4, last 0.7500 at step 6" in said
     for name in ("pytorch_lora_weights.safetensors", "README.md"):
         (output / name).touch()
     for step in (3, 12):

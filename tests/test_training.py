@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 from test_objective import record_inputs
 
 
-def read_metrics(output) -> list[dict]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+def read_metrics(output, name: str = "loss") -> list[dict]:
+    """The lines of metrics.jsonl that have `name`: those of the steps, or of "validation/loss"."""
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if name in row]
 
 
 def same_tensors(a: dict, b: dict) -> bool:

@@ -19,10 +19,10 @@ from PIL import Image, ImageDraw, ImageFont
 BARS = "▁▂▃▄▅▆▇█"
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """One dict for each optimizer step that has a loss: step, loss, lr, grad_norm, seconds."""
+def read_metrics(path: Path, name: str = "loss") -> list[dict]:
+    """The lines that have a number `name`: "loss", of an optimizer step, or "validation/loss", of held-out clips."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [row for row in rows if row["loss"] is not None]
+    return [row for row in rows if row.get(name) is not None]
 
 
 def mean_losses(rows: list[dict], count: int) -> np.ndarray:
@@ -111,6 +111,10 @@ def main(folder: Path, picture: Path | None) -> None:
         first, last = first_and_last(rows)
         print(f"\nLoss over {len(rows)} steps   {loss_bars(rows)}")
         print(f"  first fifth {first:.4f}, last fifth {last:.4f} ({(last / first - 1):+.1%})")
+    if held_out := read_metrics(metrics_file, "validation/loss"):
+        lowest = min(held_out, key=lambda row: row["validation/loss"])
+        shown = [f"{row['validation/loss']:.4f} at step {row['step']}" for row in (held_out[0], lowest, held_out[-1])]
+        print("Loss of held-out clips: first {}, lowest {}, last {}".format(*shown))
     print(f"  every step: {metrics_file}")
     for lora in folder.glob("pytorch_lora_weights.safetensors"):
         print(f"\nLoRA          {lora} ({size(lora)})")
