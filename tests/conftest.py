@@ -69,7 +69,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes minutes: make test-slow"))
-        for name in {"finished", "deepspeed", "pretrained"} & set(item.fixturenames):
+        for name in {"finished", "deepspeed", "pretrained", "two_lengths", "many"} & set(item.fixturenames):
             script = getattr(item, "callspec", None) and item.callspec.params.get("script")
             item.add_marker(pytest.mark.xdist_group(f"{name} {script or 'train_cogvideox_lora'}"))
     items.sort(key=lambda item: "long" not in item.keywords)

@@ -109,10 +109,10 @@ def test_the_bucket_keeps_most_of_a_clip(script, clip, expected):
     assert script.choose_bucket([(1, 480, 720)], 30, 64, 64) == (1, 480, 720)
 
 
-@pytest.fixture
-def many(tmp_path):
-    """Nine clips of other lengths and shapes, and a picture."""
-    root, captions, videos = tmp_path / "many", [], []
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """Nine clips of other lengths and shapes, and a picture. They are encoded once."""
+    root, captions, videos = tmp_path_factory.mktemp("many"), [], []
     sizes = [(9, 64, 96)] * 3 + [(20, 64, 96), (20, 96, 64), (5, 96, 64), (9, 96, 64), (3, 64, 96), (9, 64, 300)]
     for number, (frames, height, width) in enumerate(sizes):
         tiny.write_clip(root / f"{number}.mp4", tiny.moving_square(frames, height, width))

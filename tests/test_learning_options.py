@@ -47,16 +47,16 @@ def test_a_dropped_caption_is_the_empty_prompt(run, model, monkeypatch, probabil
 # ---- held-out clips -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def two_lengths(tmp_path):
-    """Six clips of 9 frames and three of 5."""
-    root = tiny.make_clips(tmp_path / "clips", count=6)
+@pytest.fixture(scope="module")
+def two_lengths(tmp_path_factory):
+    """Six clips of 9 frames and three of 5: the flags of a run on them, which are encoded once."""
+    root = tiny.make_clips(tmp_path_factory.mktemp("two_lengths") / "clips", count=6)
     for number in range(6, 9):
         tiny.write_clip(root / "videos" / f"0{number}.mp4", tiny.moving_square(5, 64, 96))
     with (root / "prompts.txt").open("a") as prompts, (root / "videos.txt").open("a") as videos:
         prompts.write("a short clip\n" * 3)
         videos.write("".join(f"videos/0{number}.mp4\n" for number in range(6, 9)))
-    return root
+    return {"instance_data_root": root, "precompute_dir": root / "pre", "caption_column": "prompts.txt"}
 
 
 def latents_of(script, shapes, num_held_out, seed, folder):
@@ -117,7 +117,7 @@ def test_held_out_clips_are_not_trained_on_and_their_loss_is_logged(
     init = script.LatentDataset.__init__
     monkeypatch.setattr(script.LatentDataset, "__init__", lambda self, *a: init(self, *a) or made.append(self))
     steps = {"max_train_steps": None, "num_train_epochs": 2, "validation_epochs": 1, "train_batch_size": 1}
-    output = run(instance_data_root=two_lengths, precompute_dir=None, eval_split=2, learning_rate=1e-2, **steps)
+    output = run(**two_lengths, eval_split=2, learning_rate=1e-2, **steps)
     held_out = made[0].held_out
     assert len(held_out) == 2 and sorted(len(made[0].shapes[i]) and made[0].shapes[i][1] for i in held_out) == [2, 3]
     assert items.count(held_out[0]) == items.count(held_out[1]) == 2  # at the first epoch's end, and at the end
@@ -135,9 +135,9 @@ def test_held_out_clips_are_not_trained_on_and_their_loss_is_logged(
     assert losses[14] == pytest.approx(sum(by_hand) / 2, rel=1e-3)
 
 
-def test_the_split_costs_nothing_and_changes_no_training_number(script, run, two_lengths, tmp_path):
+def test_the_split_costs_nothing_and_changes_no_training_number(script, run, two_lengths):
     """Logging the loss draws from no generator of the training."""
-    source = {"instance_data_root": two_lengths, "precompute_dir": tmp_path / "pre", "eval_split": 3}
+    source = two_lengths | {"eval_split": 3}
     often = run(**source, max_train_steps=4, validation_steps=1)
     once = run(**source, max_train_steps=4)
     assert [row for row in all_rows(once)][-1].keys() == {"step", "validation/loss"}
@@ -151,15 +151,14 @@ def test_resumed_with_the_same_clips_held_out_though_no_seed_is_given(script, ru
     made = []
     init = script.LatentDataset.__init__
     monkeypatch.setattr(script.LatentDataset, "__init__", lambda self, *a: init(self, *a) or made.append(self))
-    source = {"instance_data_root": two_lengths, "precompute_dir": tmp_path / "pre", "eval_split": 4, "seed": None}
+    source = two_lengths | {"eval_split": 4, "seed": None}
     run(**source, max_train_steps=2, output_dir=tmp_path / "output")
     run(**source, max_train_steps=4, resume_from_checkpoint="latest")
     assert made[0].held_out == made[1].held_out
 
 
 def test_two_processes_share_the_held_out_clips(launch, run, two_lengths, tmp_path):
-    source = {"instance_data_root": two_lengths, "precompute_dir": tmp_path / "pre", "eval_split": 3}
-    source |= {"max_train_steps": 2, "learning_rate": 1e-9, "optimizer": "adamw"}  # it stays as it starts
+    source = two_lengths | {"eval_split": 3, "max_train_steps": 2, "learning_rate": 1e-9}  # it stays as it starts
     one = run(**source, output_dir=tmp_path / "one")
     children = launch(2, **source, output_dir=tmp_path / "two")
     assert [child.wait() for child in children] == [0, 0], children[0].said()[-2000:]

@@ -31,8 +31,8 @@ INPUTS = [
     (T2V, "t2v", OWN), (T2V, "t2v", OTHER), (T2V, "t2v sincos", OWN), (T2V, "t2v sincos", OTHER),
     (I2V, "i2v", OWN), (I2V, "i2v", OTHER), (I2V, "i2v learned", OWN),
     # CogVideoX 1.5 with latent frames of odd number, which are padded, and of even number.
-    *[(T2V, "t2v 1.5", size) for size in (OWN, OTHER, (64, 96, 13), (128, 128, 17), (64, 64, 1))],
-    *[(I2V, "i2v 1.5", size) for size in (OWN, OTHER, (64, 96, 13), (128, 128, 17), (64, 64, 1))],
+    *[(T2V, "t2v 1.5", size) for size in (OWN, (96, 64, 13), (128, 128, 17), (64, 64, 1))],
+    *[(I2V, "i2v 1.5", size) for size in (OWN, (96, 64, 13), (128, 128, 17))],
 ]  # fmt: skip
 
 

@@ -117,10 +117,12 @@ CHANGES = {
 }
 
 
-def test_changed_setting_encodes_all_videos(rerun):
+def test_changed_setting_encodes_all_videos(rerun, clips):
+    for name in ("prompts.txt", "videos.txt"):
+        (clips / name).write_text("".join((clips / name).read_text().splitlines(keepends=True)[:1]))
     rerun()
-    for name, change in CHANGES.items():
-        assert (rerun(**change)["videos"], rerun(**change)["videos"]) == (4, 0), name
+    for name, change in (CHANGES | {"buckets": {"buckets": ["9x64x96", "5x96x64"]}}).items():
+        assert (rerun(**change)["videos"], rerun(**change)["videos"]) == (1, 0), name
 
 
 def test_settings_that_change_nothing_encode_nothing(rerun):

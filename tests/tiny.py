@@ -238,10 +238,9 @@ def pretrain(
     pipe = DiffusionPipeline.from_pretrained(folder)
     transformer, config = pipe.transformer.train(), pipe.transformer.config
     takes_image = config.in_channels == 2 * pipe.vae.config.latent_channels
-    height, width, scale = 64, 96, pipe.vae.config.scaling_factor
-    latents, embeds = [], []
+    latents, embeds, scale = [], [], pipe.vae.config.scaling_factor
     videos = videos or [
-        (f"a {color} square moves {way}", moving_square(config.sample_frames, height, width, COLORS[color], way))
+        (f"a {color} square moves {way}", moving_square(config.sample_frames, 64, 96, COLORS[color], way))
         for color in COLORS
         for way in WAYS
     ]
@@ -256,6 +255,7 @@ def pretrain(
         latents = torch.cat([latents[:, :1]] * padding + [latents], dim=1) * scale
         embeds = torch.cat(embeds)  # [16, S, D]
         ofs = {"ofs": torch.tensor([2.0])} if config.ofs_embed_dim else {}
+        height, width = videos[0][1].shape[1:3]
         rotary = pipe._prepare_rotary_positional_embeddings(height, width, latents.shape[1], latents.device)
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
