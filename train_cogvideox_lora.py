@@ -196,6 +196,10 @@ class OneMessageParser(argparse.ArgumentParser):
     """Reports all wrong values in one message. argparse would report the first, after the usage of all flags. Notes
     which flags are given."""
 
+    def __init__(self, **keywords):
+        super().__init__(**keywords)
+        self.problems, self.given = [], set()
+
     def _get_values(self, action, arg_strings):
         self.given.add(action.dest)
         try:
@@ -364,7 +368,6 @@ def open_lora(source: str) -> tuple[Path, dict]:
 def get_args(argv: list[str] | None = None) -> Namespace:
     """Parse `argv`, or the process's command line. The token is blanked in `sys.argv`, which trackers record."""
     parser = OneMessageParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.problems, parser.given = [], set()
     for add_group in (add_data_args, add_validation_args, add_training_args):
         add_group(parser)
     args = parser.parse_args(argv)
@@ -985,14 +988,6 @@ def check_model(args: Namespace, transformer_config: dict, vae_config: dict) -> 
         if size != nearest and (is_fixed or patch_size_t):  # its table of positions has this size
             works = f"works {'at' if is_fixed else 'up to'} {own[0]} x {own[1]}"
             raise RunError(f"{model} {works}: --height {nearest[0]} --width {nearest[1]}, not {size[0]} x {size[1]}")
-    with torch.device("meta"):
-        modules = CogVideoXTransformer3DModel.from_config(config).named_modules()
-    linear = [name for name, module in modules if isinstance(module, torch.nn.Linear)]
-    layers = {re.sub(r"^transformer_blocks\.\d+\.(attn1\.)?", "", name) for name in linear}
-    for name in args.lora_target_modules:
-        if not any(f".{layer}".endswith(f".{name}") for layer in linear):
-            nearest = ", ".join(difflib.get_close_matches(name, layers, cutoff=0))
-            raise RunError(f"--lora_target_modules: {model} has no layer {name} (nearest: {nearest})")
     frames = frames_4k_plus_1(args.max_num_frames)
     if frames != args.max_num_frames:
         logger.warning(f"--max_num_frames {args.max_num_frames} is not 4k+1: {frames} frames are used.")
@@ -1002,6 +997,19 @@ def check_model(args: Namespace, transformer_config: dict, vae_config: dict) -> 
     if num_padding := -latent_frames % (patch_size_t or 1):
         padding = f"{latent_frames} latent frames, with {num_padding} of padding before them, as in the pipeline"
         logger.info(f"{frames} frames are {padding}; {frames + 4 * num_padding} frames would need none.")
+
+
+def check_layers(args: Namespace, transformer_config: dict) -> None:
+    """Refuse names of --lora_target_modules that are no linear layers of the model. Raises RunError."""
+    with torch.device("meta"):
+        modules = CogVideoXTransformer3DModel.from_config(transformer_config).named_modules()
+    linear = [name for name, module in modules if isinstance(module, torch.nn.Linear)]
+    for name in args.lora_target_modules:
+        if not any(f".{layer}".endswith(f".{name}") for layer in linear):
+            layers = {re.sub(r"^transformer_blocks\.\d+\.(attn1\.)?", "", layer) for layer in linear}
+            nearest = ", ".join(difflib.get_close_matches(name, layers, cutoff=0))
+            model = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+            raise RunError(f"--lora_target_modules: {model} has no layer {name} (nearest: {nearest})")
 
 
 def model_identity(args: Namespace, *subfolders: str) -> dict:
@@ -1605,26 +1613,35 @@ def sampling_settings(args: Namespace) -> dict:
     return {"num_frames": frames_4k_plus_1(args.max_num_frames)} | {name: getattr(args, name) for name in names}
 
 
+def own_share(run: Run, count: int) -> list[int]:
+    """Which of `count` items this process takes. Processes that each hold a shard of the base work in step: all take
+    as many, and some repeat the last one."""
+    processes = run.accelerator.num_processes
+    rounds = count + (-count % processes if run.settings["engine"] in SHARDED_BASE else 0)
+    return [min(number, count - 1) for number in range(run.accelerator.process_index, rounds, processes)]
+
+
 @torch.no_grad()
 def log_held_out_loss(run: Run) -> None:
-    """Log the mean loss of the clips of --eval_split at 10 noise levels, with the same noise each time. Collective."""
-    accelerator, clips, losses = run.accelerator, run.latents.held_out, {}
+    """Log the mean loss of the clips of --eval_split at 10 noise levels, with the same noise each time. A failure (out
+    of memory) is logged, and training continues. Collective."""
+    accelerator, losses = run.accelerator, {}
     args = Namespace(**vars(run.args) | {"noised_image_dropout": 0})
     timesteps = torch.linspace(0, run.noise_scheduler.config.num_train_timesteps - 1, 10).long().to(accelerator.device)
-    rounds = len(clips) + -len(clips) % accelerator.num_processes  # in step, for bases in shards: some repeat a clip
-    for number in range(accelerator.process_index, rounds, accelerator.num_processes):
-        index = clips[number % len(clips)]
-        item = run.latents[index, False, False]
-        batch = {name: tensor[None].to(accelerator.device) for name, tensor in item.items()}
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            torch.manual_seed(index)
-            latents, conditions = prepare_batch(batch, run.base.config, run.vae_config, args)
-            given = (run.base, run.noise_scheduler, latents, conditions, None)
-            losses[index] = sum(diffusion_loss(*given, timestep).item() for timestep in timesteps.split(1))
+    with attempt("The loss of the held-out clips"):
+        for index in (run.latents.held_out[number] for number in own_share(run, len(run.latents.held_out))):
+            item = run.latents[index, False, False]
+            batch = {name: tensor[None].to(accelerator.device) for name, tensor in item.items()}
+            with torch.random.fork_rng(range(torch.cuda.device_count())):
+                torch.manual_seed(index)
+                latents, conditions = prepare_batch(batch, run.base.config, run.vae_config, args)
+                given = (run.base, run.noise_scheduler, latents, conditions, None)
+                losses[index] = sum(diffusion_loss(*given, timestep).item() for timestep in timesteps.split(1))
     losses = {index: loss for found in gather(losses) for index, loss in found.items()}
-    mean = {"validation/loss": sum(losses.values()) / len(losses) / len(timesteps)}
-    log_metrics(run, mean, mean)
-    logger.info(f"Loss of {len(losses)} held-out clips at step {run.step}: {mean['validation/loss']:.4f}")
+    if len(losses) == len(run.latents.held_out):  # a mean of other clips could not be compared
+        mean = {"validation/loss": sum(losses.values()) / len(losses) / len(timesteps)}
+        log_metrics(run, mean, mean)
+        logger.info(f"Loss of {len(losses)} held-out clips at step {run.step}: {mean['validation/loss']:.4f}")
 
 
 def run_validation(run: Run, is_final: bool = False) -> list[tuple[str, Path]]:
@@ -1632,10 +1649,7 @@ def run_validation(run: Run, is_final: bool = False) -> list[tuple[str, Path]]:
     prompt. These were encoded at the start, so the text encoder is not loaded. A failure (out of memory, a full disk)
     is logged, and training continues. A signal to stop ends the sampling."""
     args, accelerator, inputs = run.args, run.accelerator, validation_inputs(run.args)
-    # Processes that each hold a shard of the base sample in step: some of them sample the last prompt again.
-    in_step = run.settings["engine"] in SHARDED_BASE
-    rounds = len(inputs) + (-len(inputs) % accelerator.num_processes if in_step else 0)
-    share, sampled, videos = range(accelerator.process_index, rounds, accelerator.num_processes), [], []
+    share, sampled, videos = own_share(run, len(inputs)), [], []
     run.base.eval()
     if run.latents.held_out:
         log_held_out_loss(run)
@@ -1643,12 +1657,12 @@ def run_validation(run: Run, is_final: bool = False) -> list[tuple[str, Path]]:
         vae = load_vae(args, DTYPES[accelerator.mixed_precision]).to(accelerator.device) if share else None
         pipe = PIPELINE(None, None, vae, run.base, run.noise_scheduler)
         pipe.set_progress_bar_config(disable=not (is_first_process() and sys.stderr.isatty()), leave=False)
-        for index in (min(number, len(inputs) - 1) for number in share):
+        for index in share:
             pipeline_args = {**sampling_settings(args), **inputs[index], "prompt": None}
             for name, prompt in (("prompt_embeds", inputs[index]["prompt"]), ("negative_prompt_embeds", "")):
                 embeds = load_file(run.prompt_files[prompt])["prompt_embeds"]  # [S, D]
                 pipeline_args[name] = embeds[None].to(accelerator.device)  # [1, S, D]
-            if not in_step:
+            if run.settings["engine"] not in SHARDED_BASE:
                 pipeline_args["callback_on_step_end"] = run.stop.end_sampling
             files = validation_files(args, run.step, is_final, index)
             log_validation(pipe, args, accelerator, pipeline_args, run.epoch, is_final, files)
@@ -1854,6 +1868,8 @@ def main(args: Namespace) -> None:
     check_args(args)
     transformer_config, vae_config = read_config(args, "transformer")[0], read_config(args, "vae")[0]
     check_model(args, transformer_config, vae_config)
+    if args.lora_target_modules != LORA_TARGETS:  # these every CogVideoX has
+        check_layers(args, transformer_config)
     dataset = VideoDataset(**{name: getattr(args, name) for name in inspect.signature(VideoDataset).parameters})
     accelerator, engine = get_accelerator(args)
     settings = {name: getattr(args, name) for name in SETTINGS} | {

@@ -166,6 +166,20 @@ def test_two_processes_share_the_held_out_clips(launch, run, two_lengths, tmp_pa
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_training_survives_a_held_out_clip_that_fails(script, run, two_lengths, monkeypatch, caplog):
+    def fail_for_one(self, key):
+        if key[0] == self.held_out[1]:
+            raise torch.OutOfMemoryError("no memory for this clip")
+        return get(self, key)
+
+    get = script.LatentDataset.__getitem__
+    monkeypatch.setattr(script.LatentDataset, "__getitem__", fail_for_one)
+    output = run(**two_lengths, eval_split=2, max_train_steps=2, validation_steps=1)
+    assert (output / script.LORA_FILE).is_file() and "no memory for this clip" in caplog.text
+    assert [row["step"] for row in all_rows(output)] == [1, 2]  # and no mean of the other clip alone
+    assert not any("validation/loss" in row for row in all_rows(output))
+
+
 # ---- a LoRA to start from -------------------------------------------------------------------------------------------
 
 
