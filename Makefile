@@ -1,6 +1,6 @@
 # make demo             trains a LoRA of a tiny model and shows the result
 # make demo KIND=i2v    the same for image-to-video
-# make test             runs ruff and the test suite, in JOBS processes (one of them often waits: 3 suit 2 cores)
+# make test             runs ruff and the test suite, in JOBS processes (one a core)
 # make test-slow        runs the tests that take minutes, too
 # make clean            removes the virtual environment and the demo's files
 
@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := .demo
 KIND ?= t2v
-JOBS ?= 3
+JOBS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 # Without bytecode files each start of a script takes 30 s in place of 14.

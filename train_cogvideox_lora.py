@@ -120,7 +120,6 @@ VIDEO_TYPES, PICTURE_TYPES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif"}, 
 STATE_FILE = "training_state.json"  # the last file that is written into a checkpoint: with it, it is complete
 CACHE_FORMAT = 1  # raise it when the content of a precomputed file changes for the same key
 DECODE_SECONDS = 60  # after which a clip counts as one that cannot be decoded
-SHARED_SECONDS = 90  # after which a file that another machine wrote counts as missing; network folders may be slow
 SHARDED_BASE = ("deepspeed zero3", "fsdp2")  # engines under which all processes take part in each forward pass
 RESUME_HINT = "To continue, give the same command with --resume_from_checkpoint latest."
 POSITION = ("seed", "step", "epoch", "batch")  # of a run in its data
@@ -740,15 +739,6 @@ def in_first(action: Callable, *arguments):
     with shared_work():
         value = action(*arguments) if is_first_process() else None
     return gather(value)[0]
-
-
-def wait_for_files(paths: list[Path]) -> None:
-    """Return when all processes see the files that others wrote. All raise RunError after SHARED_SECONDS."""
-    deadline = time.monotonic() + SHARED_SECONDS
-    while (missing := [path for path in paths if not path.exists()]) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    flags = "--output_dir and --precompute_dir must be folders that all machines share"
-    gather(RunError(f"{flags}: {missing[0]} is missing") if missing else None)
 
 
 def get_accelerator(args: Namespace) -> tuple[Accelerator, str]:
@@ -1892,10 +1882,11 @@ def main(args: Namespace) -> None:
     prompts = [*captions, *(run_input["prompt"] for run_input in validation_inputs(args)), ""]
     prompt_files = precompute_prompts(args, accelerator, prompts, transformer_config["max_text_seq_length"])
     video_files = precompute_videos(args, accelerator, dataset)
-    files = [*prompt_files.values(), *itertools.chain(*filter(None, video_files))]
-    wait_for_files([Path(args.output_dir, "metrics.jsonl"), *files])
     clips = zip(video_files, map(prompt_files.get, captions), [record.path for record in dataset.records], strict=True)
-    latents = LatentDataset([clip for clip in clips if clip[0]], prompt_files[""], args.eval_split, seed)
+    folders = "--output_dir and --precompute_dir must be folders that all machines share"
+    with shared_work(), explain(folders, OSError):
+        Path(args.output_dir, "metrics.jsonl").stat()
+        latents = LatentDataset([clip for clip in clips if clip[0]], prompt_files[""], args.eval_split, seed)
     loader, sampler = get_dataloader(args, accelerator, latents, seed)
     steps_per_epoch = math.ceil(len(sampler) / args.gradient_accumulation_steps)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
@@ -1912,8 +1903,10 @@ def main(args: Namespace) -> None:
     # accelerate writes and reads what these leave in the lists: not the frozen base.
     accelerator.register_save_state_pre_hook(lambda _models, weights, _folder: weights.clear())
     accelerator.register_load_state_pre_hook(lambda models, _folder: models.clear())
-    data = (vae_config, prompt_files, latents)
-    run = Run(args, accelerator, *trained, noise_scheduler, *data, max_train_steps, settings, seed)
+    run = Run(
+        args, accelerator, *trained, noise_scheduler, vae_config, prompt_files, latents, max_train_steps, settings,
+        seed,
+    )
     set_seed(seed, device_specific=True)  # each process draws its own noise
     if checkpoint is not None:
         resume(run, checkpoint)
