@@ -81,11 +81,13 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DistributedType, ProjectConfiguration, load_fsdp_optimizer, save_fsdp_optimizer, set_seed
+from accelerate.utils.dataclasses import AutocastKwargs
 from accelerate.utils.memory import clear_device_cache
 from diffusers import (
     AutoencoderKLCogVideoX,
@@ -102,6 +104,7 @@ from diffusers.utils import export_to_video, load_image  # I2V: load_image
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.utils import disable_progress_bars
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -781,10 +784,11 @@ def get_accelerator(args: Namespace) -> tuple[Accelerator, str]:
     timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=args.nccl_timeout))
     # As a view, gradients take their memory once. The buffers are positions, up to 68 MB and equal in all processes.
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+    autocast = AutocastKwargs(enabled=False)  # the base computes in its own dtype, as in the pipeline
     with explain("accelerate's configuration and these flags do not fit", (ValueError, ImportError)):
         accelerator = Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=args.mixed_precision,
-            log_with=args.report_to, project_config=folders, kwargs_handlers=[timeout, ddp],
+            log_with=args.report_to, project_config=folders, kwargs_handlers=[timeout, ddp, autocast],
             step_scheduler_with_optimizer=False,  # accelerate would step the schedule once a process
         )
     if accelerator.mixed_precision not in DTYPES:
@@ -831,12 +835,90 @@ def load_vae(args: Namespace, dtype: torch.dtype) -> AutoencoderKLCogVideoX:
     return vae.requires_grad_(False).eval()
 
 
+class Rotation(torch.autograd.Function):
+    """Rotary positions of queries or keys [B, S + V, heads, d], text tokens first: neighbors in d are turned by the
+    angle of their token. cos, sin [V, 1, d/2] are fp32. Its backward pass turns the other way, and needs no input."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        num_text, turned = tensor.shape[1] - len(cos), torch.empty_like(tensor)
+        turned[:, :num_text] = tensor[:, :num_text]
+        real, imaginary = tensor[:, num_text:].unflatten(-1, (-1, 2)).unbind(-1)  # [B, V, heads, d/2]
+        new_real, new_imaginary = turned[:, num_text:].unflatten(-1, (-1, 2)).unbind(-1)  # [B, V, heads, d/2]
+        torch.addcmul(real * cos, imaginary, sin, value=-1, out=new_real)  # computed in fp32, rounded once
+        torch.addcmul(imaginary * cos, real, sin, out=new_imaginary)
+        return turned
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        cos, sin = ctx.saved_tensors
+        return Rotation.apply(grad, cos, -sin), None, None
+
+
+def modulate(norm_zero: torch.nn.Module, hidden_states: Tensor, text: Tensor, temb: Tensor) -> tuple:
+    """CogVideoXLayerNormZero of video [B, V, D] and text [B, S, D]: [B, S + V, D], and the gates [B, 1, D] of both."""
+    modulation = norm_zero.linear(norm_zero.silu(temb))[:, None]  # [B, 1, 6D]
+    shift, scale, gate, text_shift, text_scale, text_gate = modulation.chunk(6, dim=-1)  # [B, 1, D]
+    text = torch.addcmul(text_shift, norm_zero.norm(text), 1 + text_scale)  # [B, S, D]
+    hidden_states = torch.addcmul(shift, norm_zero.norm(hidden_states), 1 + scale)  # [B, V, D]
+    return torch.cat([text, hidden_states], dim=1), gate, text_gate
+
+
+def block_forward(
+    block: torch.nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor,
+    image_rotary_emb: tuple[Tensor, Tensor] | None = None, attention_kwargs: dict | None = None,  # noqa: ARG001
+) -> tuple[Tensor, Tensor]:
+    """CogVideoXBlock.forward to rounding, for video [B, V, D] and text [B, S, D]. It moves half as many bytes:
+    diffusers' rotates in fp32 copies, writes into slices that autograd clones, and has an operation for each sum and
+    product."""
+    attention, sizes = block.attn1, (encoder_hidden_states.shape[1], hidden_states.shape[1])  # S, V
+    tokens, gate, text_gate = modulate(block.norm1, hidden_states, encoder_hidden_states, temb)  # [B, S + V, D]
+    layers = (attention.to_q, attention.to_k, attention.to_v)
+    query, key, value = (layer(tokens).unflatten(-1, (attention.heads, -1)) for layer in layers)  # [B, S+V, heads, d]
+    if attention.norm_q is not None:
+        query, key = attention.norm_q(query), attention.norm_k(key)
+    if image_rotary_emb is not None:
+        cos, sin = (table[:, None, ::2] for table in image_rotary_emb)  # [V, 1, d/2], of [V, d] with each angle twice
+        query, key = Rotation.apply(query, cos, sin), Rotation.apply(key, cos, sin)
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))  # [B, heads, S + V, d]
+    tokens = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)  # [B, S + V, D]
+    for layer in attention.to_out:
+        tokens = layer(tokens)  # [B, S + V, D]
+    text, video = tokens.split(sizes, dim=1)
+    hidden_states = torch.addcmul(hidden_states, gate, video)  # [B, V, D]
+    encoder_hidden_states = torch.addcmul(encoder_hidden_states, text_gate, text)  # [B, S, D]
+
+    tokens, gate, text_gate = modulate(block.norm2, hidden_states, encoder_hidden_states, temb)  # [B, S + V, D]
+    text, video = block.ff(tokens).split(sizes, dim=1)
+    return torch.addcmul(hidden_states, gate, video), torch.addcmul(encoder_hidden_states, text_gate, text)
+
+
 def load_transformer(args: Namespace, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
     """The frozen base, straight in the compute dtype."""
     transformer = CogVideoXTransformer3DModel.from_pretrained(**pretrained_source(args, "transformer", dtype))
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    for block in transformer.transformer_blocks:
+        block.forward = functools.partial(block_forward, block)
     return transformer.requires_grad_(False)
+
+
+class LoraMatrix(torch.nn.Linear):
+    """A matrix of a LoRA: kept in fp32, and applied in the dtype of its input. With `add_to`, it returns that plus
+    `scale` times its product, rounded once."""
+
+    def forward(self, tokens: Tensor, scale: float = 1.0, add_to: Tensor | None = None) -> Tensor:
+        weight = (self.weight * scale).to(tokens.dtype)
+        if add_to is None:
+            return F.linear(tokens, weight)
+        return torch.addmm(add_to.flatten(0, -2), tokens.flatten(0, -2), weight.T).view_as(add_to)
+
+
+def apply_lora(layer: torch.nn.Module, tokens: Tensor) -> Tensor:
+    """The forward pass of peft's linear layer, without its casts of the tokens."""
+    lora_a, lora_b = layer.lora_A["default"], layer.lora_B["default"]
+    return lora_b(lora_a(tokens), layer.scaling["default"], add_to=layer.base_layer(tokens))
 
 
 def add_lora(
@@ -845,6 +927,10 @@ def add_lora(
     """Add LoRA matrices to `layers`; returns them, the only parameters that train, in fp32."""
     transformer.add_adapter(LoraConfig(r=rank, lora_alpha=lora_alpha, target_modules=layers))
     cast_training_params(transformer, dtype=torch.float32)
+    for layer in transformer.modules():
+        if isinstance(layer, LoraLayer):
+            layer.lora_A["default"].__class__ = layer.lora_B["default"].__class__ = LoraMatrix
+            layer.forward = functools.partial(apply_lora, layer)
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
 
