@@ -97,13 +97,16 @@ from diffusers import (
 )
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 from diffusers.optimization import get_scheduler
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+from diffusers.quantizers.quantization_config import BitsAndBytesConfig
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import export_to_video, load_image  # I2V: load_image
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.utils import disable_progress_bars
 from peft import LoraConfig
+from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
@@ -111,6 +114,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.functional import InterpolationMode, resize
 from tqdm.auto import tqdm
@@ -143,7 +147,8 @@ SETTINGS = (  # kept in a checkpoint and shown in the card
 
 class RunError(Exception):
     """Ends the run with one message. Exit code 1: the LoRA cannot be written, 2: wrong input, 3: loss or weights that
-    are not finite, 4: failed upload, 5: another process was lost, 128 + n: stopped by signal n."""
+    are not finite, 4: failed upload, 5: another process was lost, 6: out of device memory, 128 + n: stopped by
+    signal n."""
 
     def __init__(self, message: str, exit_code: int = 2):
         super().__init__(message)
@@ -166,6 +171,18 @@ def listing(items: list[str], limit: int = 20) -> str:
 
 
 log_error_once = functools.cache(logger.error)
+
+
+def memory_advice(args: Namespace) -> str:
+    """The flags that are not given and save device memory in training, the cheapest first."""
+    flags = {
+        "--gradient_checkpointing": args.gradient_checkpointing, "--train_batch_size 1": args.train_batch_size == 1,
+        "--use_8bit_adam": args.use_8bit_adam or args.optimizer == "prodigy",
+        "--checkpoint_policy full": args.checkpoint_policy == "full",
+        "--offload_activations": args.offload_activations, "--quantize_base nf4": args.quantize_base == "nf4",
+        "--rank 64": args.rank <= 64, "fewer or smaller frames": False,
+    }  # fmt: skip
+    return ", ".join(flag for flag, is_given in flags.items() if not is_given)
 
 
 @contextlib.contextmanager
@@ -270,6 +287,13 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     add("--enable_slicing", action="store_true", help="VAE slicing: a batch is coded one video at a time")
     add("--enable_tiling", action="store_true", help="VAE tiling: large frames in overlapping tiles, less memory")
     add("--gradient_checkpointing", action="store_true", help="recompute activations: far less memory, slower")
+    policy = "attention: its results are kept and not recomputed: faster, 0.1 GiB a block"
+    add("--checkpoint_policy", choices=["full", "attention"], default="full", help=policy)
+    offload = "keep what recomputation starts from in host memory, and the feed-forward layers in 4 parts"
+    add("--offload_activations", action="store_true", help=offload)
+    quantize = "hold the frozen base in 4 or 8 bits: less memory, slower, and a base that is not quite the same"
+    add("--quantize_base", choices=["nf4", "int8", "fp8"], help=quantize)
+    add("--compile", action="store_true", help="compile the transformer's blocks: a slow first step, then faster ones")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and newer")
 
     add = parser.add_argument_group("data").add_argument
@@ -431,7 +455,8 @@ def validation_inputs(args: Namespace) -> list[dict]:  # I2V:
 def check_args(args: Namespace) -> None:
     """What several flags together can tell. Raises RunError with every problem found."""
     needs = {
-        "bitsandbytes": args.use_8bit_adam and "--use_8bit_adam",
+        "bitsandbytes": (args.use_8bit_adam and "--use_8bit_adam")
+        or (args.quantize_base in ("nf4", "int8") and f"--quantize_base {args.quantize_base}"),
         "prodigyopt": args.optimizer == "prodigy" and "--optimizer prodigy",
         "datasets": args.dataset_name and "--dataset_name",
         args.report_to: args.report_to not in (None, "all") and f"--report_to {args.report_to}",
@@ -442,6 +467,8 @@ def check_args(args: Namespace) -> None:
         problems.append("no data: give --instance_data_root (a folder of clips and captions) or --dataset_name")
     elif args.instance_data_root is not None and not Path(args.instance_data_root).is_dir():
         problems.append(f"--instance_data_root: there is no folder {args.instance_data_root}")
+    if not args.gradient_checkpointing and (args.offload_activations or args.checkpoint_policy != "full"):
+        problems.append("--checkpoint_policy and --offload_activations need --gradient_checkpointing")
     try:
         validation_inputs(args)
     except (RunError, ValueError) as error:  # ValueError: of str.split
@@ -791,6 +818,9 @@ def get_accelerator(args: Namespace) -> tuple[Accelerator, str]:
             log_with=args.report_to, project_config=folders, kwargs_handlers=[timeout, ddp, autocast],
             step_scheduler_with_optimizer=False,  # accelerate would step the schedule once a process
         )
+    is_replicated = accelerator.distributed_type not in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+    if not is_replicated and (args.quantize_base or args.compile):
+        raise RunError(f"--quantize_base and --compile do not work with {accelerator.distributed_type.value}")
     if accelerator.mixed_precision not in DTYPES:
         raise RunError(f"accelerate's configuration says {accelerator.mixed_precision}: give --mixed_precision")
     if (steps := accelerator.gradient_accumulation_steps) != args.gradient_accumulation_steps:
@@ -807,7 +837,7 @@ def get_accelerator(args: Namespace) -> tuple[Accelerator, str]:
         config["communication_data_type"] = "fp32"
         config["data_types"] = config.get("data_types", {}) | {"grad_accum_dtype": "fp32"}
         return accelerator, f"deepspeed zero{accelerator.state.deepspeed_plugin.zero_stage}"
-    if accelerator.distributed_type != DistributedType.FSDP:
+    if is_replicated:
         return accelerator, "replicated"
     if not accelerator.is_fsdp2:
         raise RunError("FSDP must be version 2 (fsdp_version: 2): version 1 needs one dtype in each block")
@@ -865,42 +895,66 @@ def modulate(norm_zero: torch.nn.Module, hidden_states: Tensor, text: Tensor, te
     return torch.cat([text, hidden_states], dim=1), gate, text_gate
 
 
-def block_forward(
-    block: torch.nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor,
-    image_rotary_emb: tuple[Tensor, Tensor] | None = None, attention_kwargs: dict | None = None,  # noqa: ARG001
-) -> tuple[Tensor, Tensor]:
-    """CogVideoXBlock.forward to rounding, for video [B, V, D] and text [B, S, D]. It moves half as many bytes:
-    diffusers' rotates in fp32 copies, writes into slices that autograd clones, and has an operation for each sum and
-    product."""
-    attention, sizes = block.attn1, (encoder_hidden_states.shape[1], hidden_states.shape[1])  # S, V
-    tokens, gate, text_gate = modulate(block.norm1, hidden_states, encoder_hidden_states, temb)  # [B, S + V, D]
-    layers = (attention.to_q, attention.to_k, attention.to_v)
-    query, key, value = (layer(tokens).unflatten(-1, (attention.heads, -1)) for layer in layers)  # [B, S+V, heads, d]
-    if attention.norm_q is not None:
-        query, key = attention.norm_q(query), attention.norm_k(key)
-    if image_rotary_emb is not None:
-        cos, sin = (table[:, None, ::2] for table in image_rotary_emb)  # [V, 1, d/2], of [V, d] with each angle twice
-        query, key = Rotation.apply(query, cos, sin), Rotation.apply(key, cos, sin)
-    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))  # [B, heads, S + V, d]
-    tokens = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)  # [B, S + V, D]
-    for layer in attention.to_out:
-        tokens = layer(tokens)  # [B, S + V, D]
-    text, video = tokens.split(sizes, dim=1)
-    hidden_states = torch.addcmul(hidden_states, gate, video)  # [B, V, D]
-    encoder_hidden_states = torch.addcmul(encoder_hidden_states, text_gate, text)  # [B, S, D]
+class Block(CogVideoXBlock):
+    """CogVideoXBlock, to rounding, for video [B, V, D] and text [B, S, D]. It moves half as many bytes: diffusers'
+    rotates in fp32 copies, writes into slices that autograd clones, and has an operation for each sum and product."""
 
-    tokens, gate, text_gate = modulate(block.norm2, hidden_states, encoder_hidden_states, temb)  # [B, S + V, D]
-    text, video = block.ff(tokens).split(sizes, dim=1)
-    return torch.addcmul(hidden_states, gate, video), torch.addcmul(encoder_hidden_states, text_gate, text)
+    num_parts = 1  # of the tokens, of which one at a time is in the feed-forward layers
+
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None, attention_kwargs: dict | None = None,  # noqa: ARG002
+    ) -> tuple[Tensor, Tensor]:
+        attention, sizes = self.attn1, (encoder_hidden_states.shape[1], hidden_states.shape[1])  # S, V
+        tokens, gate, text_gate = modulate(self.norm1, hidden_states, encoder_hidden_states, temb)  # [B, S + V, D]
+        layers = (attention.to_q, attention.to_k, attention.to_v)
+        query, key, value = (layer(tokens).unflatten(-1, (attention.heads, -1)) for layer in layers)
+        if attention.norm_q is not None:
+            query, key = attention.norm_q(query), attention.norm_k(key)  # [B, S + V, heads, d]
+        if image_rotary_emb is not None:
+            cos, sin = (table[:, None, ::2] for table in image_rotary_emb)  # [V, 1, d/2]: each angle is in it twice
+            query, key = Rotation.apply(query, cos, sin), Rotation.apply(key, cos, sin)
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))  # [B, heads, S + V, d]
+        tokens = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)  # [B, S + V, D]
+        for layer in attention.to_out:
+            tokens = layer(tokens)  # [B, S + V, D]
+        text, video = tokens.split(sizes, dim=1)
+        hidden_states = torch.addcmul(hidden_states, gate, video)  # [B, V, D]
+        encoder_hidden_states = torch.addcmul(encoder_hidden_states, text_gate, text)  # [B, S, D]
+
+        tokens, gate, text_gate = modulate(self.norm2, hidden_states, encoder_hidden_states, temb)  # [B, S + V, D]
+        if self.num_parts > 1:
+            parts = tokens.chunk(self.num_parts, dim=1)
+            tokens = torch.cat([checkpoint(self.ff, part, use_reentrant=False) for part in parts], dim=1)
+        else:
+            tokens = self.ff(tokens)
+        text, video = tokens.split(sizes, dim=1)
+        return torch.addcmul(hidden_states, gate, video), torch.addcmul(encoder_hidden_states, text_gate, text)
+
+
+def keep_attention(_context, operation, *_arguments, **_keywords) -> CheckpointPolicy:
+    """Of all that a block computes, recompute everything but attention, whose result is small for its cost."""
+    is_attention = "scaled_dot_product" in operation.__name__ or "_attention_forward" in operation.__name__
+    return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def load_transformer(args: Namespace, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
-    """The frozen base, straight in the compute dtype."""
-    transformer = CogVideoXTransformer3DModel.from_pretrained(**pretrained_source(args, "transformer", dtype))
+    """The frozen base, straight in the compute dtype, or quantized shard by shard as it loads."""
+    source, bits = pretrained_source(args, "transformer", dtype), {"nf4": "4", "int8": "8"}.get(args.quantize_base)
+    if bits:
+        of_4_bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype} if bits == "4" else {}
+        source["quantization_config"] = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, **of_4_bits)
+    transformer = CogVideoXTransformer3DModel.from_pretrained(**source)
+    if args.quantize_base == "fp8":
+        transformer.enable_layerwise_casting(torch.float8_e4m3fn, dtype)
     if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+        keep = functools.partial(create_selective_checkpoint_contexts, keep_attention)
+        policy = {"context_fn": keep} if args.checkpoint_policy == "attention" else {}
+        transformer.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=False, **policy))
     for block in transformer.transformer_blocks:
-        block.forward = functools.partial(block_forward, block)
+        block.__class__, block.num_parts = Block, 4 if args.offload_activations else 1
+        if args.compile:
+            block.compile(dynamic=False)  # one compilation for each shape serves all blocks
     return transformer.requires_grad_(False)
 
 
@@ -915,10 +969,12 @@ class LoraMatrix(torch.nn.Linear):
         return torch.addmm(add_to.flatten(0, -2), tokens.flatten(0, -2), weight.T).view_as(add_to)
 
 
-def apply_lora(layer: torch.nn.Module, tokens: Tensor) -> Tensor:
-    """The forward pass of peft's linear layer, without its casts of the tokens."""
-    lora_a, lora_b = layer.lora_A["default"], layer.lora_B["default"]
-    return lora_b(lora_a(tokens), layer.scaling["default"], add_to=layer.base_layer(tokens))
+class LoraLinear(PeftLinear):
+    """peft's linear layer without its casts of the tokens."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.lora_A["default"](tokens)  # [B, S + V, rank]
+        return self.lora_B["default"](hidden, self.scaling["default"], add_to=self.base_layer(tokens))
 
 
 def add_lora(
@@ -929,8 +985,8 @@ def add_lora(
     cast_training_params(transformer, dtype=torch.float32)
     for layer in transformer.modules():
         if isinstance(layer, LoraLayer):
+            layer.__class__ = LoraLinear
             layer.lora_A["default"].__class__ = layer.lora_B["default"].__class__ = LoraMatrix
-            layer.forward = functools.partial(apply_lora, layer)
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
 
@@ -1469,6 +1525,8 @@ def get_optimizer(args: Namespace, params_to_optimize, use_deepspeed: bool = Fal
     if args.use_8bit_adam:
         import bitsandbytes
         optimizer_class = getattr(bitsandbytes.optim, f"{optimizer_class.__name__}8bit")
+    elif torch.cuda.is_available():
+        common["fused"] = True
     return optimizer_class(params_to_optimize, **common)
 
 
@@ -1929,6 +1987,7 @@ def train(run: Run, loader: DataLoader, sampler: ShapeBatchSampler) -> None:
     args, accelerator, transformer = run.args, run.accelerator, run.transformer
     progress = progress_bar(total=run.max_train_steps, initial=run.step, desc="Training", unit="step")
     loss_sum, num_micro_batches, before_step, started = 0.0, 0, None, time.perf_counter()
+    saved_on_host = torch.autograd.graph.save_on_cpu(pin_memory=accelerator.device.type == "cuda")
     transformer.train()
     while run.step < run.max_train_steps:
         sampler.epoch, sampler.first_batch = run.epoch, run.batch
@@ -1937,7 +1996,8 @@ def train(run: Run, loader: DataLoader, sampler: ShapeBatchSampler) -> None:
             try:
                 with accelerator.accumulate(transformer):
                     latents, conditions = prepare_batch(batch, run.base.config, run.vae_config, args)
-                    loss = diffusion_loss(transformer, run.noise_scheduler, latents, conditions)
+                    with saved_on_host if args.offload_activations else contextlib.nullcontext():
+                        loss = diffusion_loss(transformer, run.noise_scheduler, latents, conditions)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         grad_norm = accelerator.clip_grad_norm_(transformer.parameters(), args.max_grad_norm)
@@ -2092,6 +2152,9 @@ def command_line() -> None:
             main(args)
     except RunError as error:
         problem = error
+    except torch.OutOfMemoryError as error:
+        text = f"the device has too little memory: {str(error).splitlines()[0]} What helps, the cheapest first"
+        problem = RunError(f"{text}: {memory_advice(args)}. tools/plan.py tells what a run needs.", exit_code=6)
     except KeyboardInterrupt:
         problem = RunError(f"interrupted; what is encoded is kept. {RESUME_HINT}", 128 + signal.SIGINT)
     except RuntimeError as error:
