@@ -141,7 +141,7 @@ POSITION = ("seed", "step", "epoch", "batch")  # of a run in its data
 SETTINGS = (  # kept in a checkpoint and shown in the card
     "rank lora_alpha optimizer use_8bit_adam learning_rate lr_scheduler lr_warmup_steps train_batch_size "
     "gradient_accumulation_steps height width max_num_frames buckets fps frame_sampling video_reshape_mode "
-    "random_flip caption_dropout eval_split seed"
+    "random_flip caption_dropout eval_split quantize_base seed"
 ).split()
 
 
@@ -875,9 +875,12 @@ class Rotation(torch.autograd.Function):
         num_text, turned = tensor.shape[1] - len(cos), torch.empty_like(tensor)
         turned[:, :num_text] = tensor[:, :num_text]
         real, imaginary = tensor[:, num_text:].unflatten(-1, (-1, 2)).unbind(-1)  # [B, V, heads, d/2]
-        new_real, new_imaginary = turned[:, num_text:].unflatten(-1, (-1, 2)).unbind(-1)  # [B, V, heads, d/2]
-        torch.addcmul(real * cos, imaginary, sin, value=-1, out=new_real)  # computed in fp32, rounded once
-        torch.addcmul(imaginary * cos, real, sin, out=new_imaginary)
+        targets = turned[:, num_text:].unflatten(-1, (-1, 2)).unbind(-1)  # [B, V, heads, d/2] each
+        for first, second, sign, target in ((real, imaginary, -1, targets[0]), (imaginary, real, 1, targets[1])):
+            if torch.compiler.is_compiling():  # it cannot write into every second element, and needs not to
+                target.copy_(torch.addcmul(first * cos, second, sin, value=sign))
+            else:
+                torch.addcmul(first * cos, second, sin, value=sign, out=target)  # in fp32, rounded once
         return turned
 
     @staticmethod
@@ -938,6 +941,16 @@ def keep_attention(_context, operation, *_arguments, **_keywords) -> CheckpointP
     return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def inductor_or_eager(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+    """A compiler for torch.compile. What inductor cannot compile runs as it is, after one message."""
+    try:
+        from torch._inductor.compile_fx import compile_fx
+        return compile_fx(graph, inputs)
+    except Exception as error:  # no compiler, no Triton, an operation that is not supported
+        log_error_once(f"--compile has no effect: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
+        return graph.forward
+
+
 def load_transformer(args: Namespace, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
     """The frozen base, straight in the compute dtype, or quantized shard by shard as it loads."""
     source, bits = pretrained_source(args, "transformer", dtype), {"nf4": "4", "int8": "8"}.get(args.quantize_base)
@@ -952,9 +965,9 @@ def load_transformer(args: Namespace, dtype: torch.dtype) -> CogVideoXTransforme
         policy = {"context_fn": keep} if args.checkpoint_policy == "attention" else {}
         transformer.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=False, **policy))
     for block in transformer.transformer_blocks:
-        block.__class__, block.num_parts = Block, 4 if args.offload_activations else 1
-        if args.compile:
-            block.compile(dynamic=False)  # one compilation for each shape serves all blocks
+        block.__class__, block.num_parts = Block, 4 if args.offload_activations and not args.compile else 1
+        if args.compile:  # for each shape: once for the first block, whose input needs no gradient, and once for all
+            block.compile(backend=inductor_or_eager, dynamic=False)
     return transformer.requires_grad_(False)
 
 

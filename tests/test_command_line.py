@@ -69,7 +69,7 @@ def test_original_flag_has_its_type_and_default(script, row):
 def test_new_flags_are_those_agreed_on(script):
     new = {"--precompute_dir", "--skip_bad_videos", "--frame_sampling", "--validation_steps", "--num_inference_steps"}
     new |= {"--hub_private_repo", "--buckets", "--caption_dropout", "--eval_split", "--init_lora"}
-    new |= {"--lora_target_modules"}
+    new |= {"--lora_target_modules", "--quantize_base", "--checkpoint_policy", "--offload_activations", "--compile"}
     known = {row["flag"] for row in ORIGINALS} | new | {"-h", "--help"}
     assert set(parser_actions(script)) <= known
 
