@@ -674,9 +674,9 @@ class VideoDataset(Dataset):
         """What the text encoder is given for clip `index`: the trigger word, one space, the caption."""
         return f"{self.id_token} {self.instance_prompts[index]}".strip()
 
-    def __getitem__(self, index: int) -> dict:
-        """Raises whatever decord and PIL do for a file that they cannot decode, and ValueError for one without
-        frames."""
+    def choose(self, index: int) -> tuple[Callable, list[int], tuple[int, int], Tensor]:
+        """What is taken of clip `index`: what decodes frames, their indices, H and W, and `kept`. Raises whatever
+        decord and PIL do for a file that they cannot decode, and ValueError for one without frames."""
         record, s = self.records[index], self.settings
         num_frames, rate, decode = open_clip(record)
         if num_frames == 0:
@@ -689,20 +689,25 @@ class VideoDataset(Dataset):
         available = len(select_frames(num_frames, num_frames, *options))
         max_num_frames, height, width = choose_bucket(self.buckets, available, *size)
         indices = select_frames(num_frames, max_num_frames, *options)
+        time_kept = (indices[-1] - indices[0] + 1) / max(1, num_frames - s["skip_frames_start"] - s["skip_frames_end"])
+        aspects = sorted((size[0] / size[1], height / width))
+        area_kept = 1.0 if s["video_reshape_mode"] == "stretch" else aspects[0] / aspects[1]
+        return decode, indices, (height, width), torch.tensor([time_kept, area_kept])  # [2]
+
+    def __getitem__(self, index: int) -> dict:
+        """Raises what `choose` does."""
+        decode, indices, (height, width), kept = self.choose(index)
         position = None
-        if "seed" in s:
+        if "seed" in self.settings:
             # Drawn from seed and path, not from a stream: the crop stays when other clips are added or reordered.
-            draw = random.Random(f"{s['seed']}:{record.path}")
+            draw = random.Random(f"{self.settings['seed']}:{self.records[index].path}")
             position = (draw.random(), draw.random())
         video = torch.empty(len(indices), 3, height, width)  # [F, C, H, W]
         for start in range(0, len(indices), 8):  # few at a time: 49 frames of 4K as floats are 5 GB
             frames = torch.from_numpy(decode(indices[start : start + 8]))  # [8, H0, W0, C] uint8
             frames = (frames.permute(0, 3, 1, 2).float() - 127.5) / 127.5  # [8, C, H0, W0]
-            video[start : start + 8] = resize_and_crop(frames, height, width, s["video_reshape_mode"], position)
-        time_kept = (indices[-1] - indices[0] + 1) / max(1, num_frames - s["skip_frames_start"] - s["skip_frames_end"])
-        aspects = sorted((size[0] / size[1], height / width))
-        area_kept = 1.0 if s["video_reshape_mode"] == "stretch" else aspects[0] / aspects[1]
-        kept = torch.tensor([time_kept, area_kept])  # [2]
+            mode = self.settings["video_reshape_mode"]
+            video[start : start + 8] = resize_and_crop(frames, height, width, mode, position)
         return {"instance_prompt": self.prompt(index), "instance_video": video, "kept": kept}
 
 

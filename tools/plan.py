@@ -1,0 +1,236 @@
+"""What a run needs, before it is paid for: clips, steps, disk, and memory, arithmetic and time of each stage.
+
+    python tools/plan.py train_cogvideox_lora.py [the flags of the run] [--gpu 4090] [--num_processes 8] [--json]
+
+The script's own functions run on the meta device, which knows shapes and no values. So a step of the real model takes
+seconds without a GPU, its weights are not loaded (only its configs are read), and the counts are exact: the peak of the
+tensors that are alive, the bytes that each operation reads and writes, and the operations of matrix products and
+attention. What an allocator wastes and what CUDA itself takes (about 0.6 GiB) is not in them, and a compiled block
+moves fewer bytes. Seconds are estimates: bytes at the card's bandwidth, and operations at 80 % of its peak.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import itertools
+import json
+import math
+import os
+import sys
+import weakref
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import bitsandbytes  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXTransformer3DModel  # noqa: E402
+from diffusers.quantizers.bitsandbytes.utils import replace_with_bnb_linear  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+from torch.utils.flop_counter import flop_registry  # noqa: E402
+from transformers import T5Config, T5EncoderModel  # noqa: E402
+
+GIB = 2**30
+GPUS = {  # memory in GiB; published bandwidth in bytes and operations in half precision, without sparsity, per second
+    "h200": (139, 4.8e12, 989e12), "h100": (79, 3.35e12, 989e12), "a100": (79, 2.04e12, 312e12),
+    "l40s": (44, 0.86e12, 362e12), "4090": (23.5, 1.01e12, 165e12), "3090": (23.5, 0.94e12, 71e12),
+    "t4": (14.6, 0.32e12, 65e12),
+}  # fmt: skip
+CUDA_CONTEXT = 0.6  # GiB that CUDA and its libraries take for themselves
+CHEAPEST_FIRST = [  # what saves memory in training, the cheapest first; each with those before it
+    {"train_batch_size": 1}, {"gradient_checkpointing": True}, {"checkpoint_policy": "full"}, {"use_8bit_adam": True},
+    {"offload_activations": True}, {"quantize_base": "int8"}, {"quantize_base": "nf4"}, {"rank": 64}, {"rank": 16},
+]  # fmt: skip
+
+
+@dataclasses.dataclass
+class Cost:
+    """Of a stage: bytes alive at its peak (also by part), bytes moved, of which by casts and by matrix products, and
+    operations."""
+
+    peak: int = 0
+    traffic: int = 0
+    casts: int = 0
+    matrix_traffic: int = 0
+    flop: int = 0
+    parts: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def seconds(self, gpu: str) -> float:
+        _, bandwidth, rate = GPUS[gpu]
+        matrices = max(self.matrix_traffic / bandwidth, self.flop / (0.8 * rate))
+        return (self.traffic - self.matrix_traffic) / bandwidth + matrices
+
+
+def elements(tensor: torch.Tensor) -> int:
+    """How many there are in memory: an expanded dimension has one."""
+    return math.prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
+
+
+class CostCounter(TorchDispatchMode):
+    """Counts, while it is entered, the bytes that live on the device and what each operation reads and writes."""
+
+    def __init__(self):
+        super().__init__()
+        self.cost, self.live, self.storages = Cost(), 0, {}
+
+    def watch(self, *tensors: torch.Tensor) -> None:
+        """Count these as alive until they are freed."""
+        for storage in (tensor.untyped_storage() for tensor in tensors):
+            key = storage._cdata
+            if key not in self.storages:
+                self.storages[key] = storage.nbytes()
+                self.live += storage.nbytes()
+                self.cost.peak = max(self.cost.peak, self.live)
+                weakref.finalize(storage, self.forget, key)
+
+    def forget(self, key: int) -> None:
+        self.live -= self.storages.pop(key)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        known = {tensor.untyped_storage()._cdata for tensor in inputs}
+        result = func(*args, **kwargs or {})
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        is_view = all(output.untyped_storage()._cdata in known for output in outputs) and not func._schema.is_mutable
+        name = func.__name__
+        if not is_view and not name.startswith(("empty", "new_empty")):
+            moved = sum(elements(tensor) * tensor.element_size() for tensor in inputs + outputs)
+            self.cost.traffic += moved
+            if name.startswith(("_to_copy", "copy_")):
+                self.cost.casts += moved
+            if operations := flop_registry.get(func._overloadpacket):
+                self.cost.flop += operations(*args, **kwargs or {}, out_val=result)
+                self.cost.matrix_traffic += moved
+        self.watch(*outputs)
+        return result
+
+
+def flash_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **_) -> torch.Tensor:
+    """The kernel that a GPU takes; meta tensors would take the one that writes all scores into memory."""
+    if attn_mask is None and query.device.type == "meta":
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal)[0]
+    return SDPA(query, key, value, attn_mask, dropout_p, is_causal)
+
+
+SDPA = F.scaled_dot_product_attention
+
+
+class HostMemory:
+    """In place of torch's save_on_cpu: what is saved leaves the device, and comes back for the backward pass."""
+
+    def __init__(self, **_):
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: (tensor.shape, tensor.dtype),
+            lambda packed: torch.empty(packed[0], dtype=packed[1], device="meta"),
+        )
+
+    def __enter__(self):
+        return self.hooks.__enter__()
+
+    def __exit__(self, *error):
+        return self.hooks.__exit__(*error)
+
+
+def build_transformer(config: dict, dtype: torch.dtype, quantization_config=None) -> CogVideoXTransformer3DModel:
+    """A transformer without values. Its layers are quantized as diffusers and bitsandbytes do it."""
+    with torch.device("meta"):
+        transformer = CogVideoXTransformer3DModel.from_config(config)
+    for tensor in itertools.chain(transformer.parameters(), transformer.buffers()):
+        tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
+    if quantization_config is not None:
+        replace_with_bnb_linear(transformer, quantization_config=quantization_config)
+        for layer in transformer.modules():
+            if isinstance(layer, bitsandbytes.nn.Linear4bit):
+                weight = torch.empty(layer.out_features, layer.in_features, dtype=dtype, device="meta")
+                layer.weight = bitsandbytes.nn.Params4bit(weight, False, quant_type="nf4")._quantize("meta")
+                layer.weight.quant_state.absmax = torch.empty(weight.numel() // 64, device="meta")
+            elif isinstance(layer, bitsandbytes.nn.Linear8bitLt):
+                shape = (layer.out_features, layer.in_features)
+                layer.weight = torch.nn.Parameter(torch.empty(shape, dtype=torch.int8, device="meta"), False)
+                layer.state.CB, layer.state.SCB = layer.weight.data, torch.empty(shape[0], device="meta")
+            if isinstance(layer, (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)) and layer.bias is not None:
+                layer.bias = torch.nn.Parameter(torch.empty(layer.out_features, dtype=dtype, device="meta"), False)
+    return transformer
+
+
+@contextlib.contextmanager
+def without_weights(transformer_config: dict) -> Iterator[None]:
+    """Where the scripts load a transformer, they get one on the meta device."""
+
+    def load(_class, *, dtype, quantization_config=None, **_):
+        return build_transformer(transformer_config, dtype, quantization_config)
+
+    with (
+        mock.patch.object(CogVideoXTransformer3DModel, "from_pretrained", classmethod(load)),
+        mock.patch.object(F, "scaled_dot_product_attention", flash_attention),
+        mock.patch.object(torch.autograd.graph, "save_on_cpu", HostMemory),
+    ):
+        yield
+
+
+def state_bytes(args: Namespace, num_parameters: int) -> int:
+    """Of the optimizer, a parameter: two moments in fp32, or in 8 bits with a scale for 256 of them; Prodigy four."""
+    each = 16 if args.optimizer == "prodigy" else 2 * (1 + 4 / 256) if args.use_8bit_adam else 8
+    return int(each * num_parameters)
+
+
+def training_cost(
+    script: ModuleType, args: Namespace, transformer_config: dict, vae_config: dict, shape: tuple, dtype: torch.dtype,
+    device: str = "meta",
+) -> tuple[Cost, int]:
+    """Of one training step on batches of latents of `shape` (f, h, w), and the number of trained parameters. On the
+    meta device the transformer has no weights; on another it is the real one."""
+    counter, batch_size = CostCounter(), args.train_batch_size
+    with without_weights(transformer_config) if device == "meta" else contextlib.nullcontext():
+        transformer = script.load_transformer(args, dtype)
+        lora = script.add_lora(transformer, args.rank, args.lora_alpha, args.lora_target_modules)
+        num_parameters = sum(parameter.numel() for parameter in lora)
+        tensors = dict(itertools.chain(transformer.named_parameters(), transformer.named_buffers()))
+        states = [m.weight.quant_state.absmax for m in transformer.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+        counter.watch(*(tensor for name, tensor in tensors.items() if "lora_" not in name), *states)
+        parts = {"base": counter.live}
+        counter.watch(*lora)
+        parts |= {"LoRA": counter.live - parts["base"], "gradients": 4 * num_parameters}
+        optimizer = torch.empty(state_bytes(args, num_parameters), dtype=torch.uint8, device=device)
+        counter.watch(optimizer)
+        parts["optimizer"] = optimizer.nbytes
+        if args.gradient_accumulation_steps > 1:  # those of the micro-batches before
+            for parameter in lora:
+                parameter.grad = torch.empty_like(parameter)
+            counter.watch(*(parameter.grad for parameter in lora))
+        scheduler = CogVideoXDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+        new = lambda *sizes: torch.zeros(batch_size, *sizes, dtype=dtype, device=device)  # noqa: E731
+        channels, (frames, height, width) = 2 * vae_config["latent_channels"], shape
+        batch = {"moments": new(channels, frames, height, width), "image_moments": new(channels, 1, height, width)}
+        config = transformer.config
+        batch["prompt_embeds"] = new(config.max_text_seq_length, config.text_embed_dim)
+        transformer.train()
+        with counter:
+            latents, conditions = script.prepare_batch(batch, config, vae_config, args)
+            with torch.autograd.graph.save_on_cpu() if args.offload_activations else contextlib.nullcontext():
+                loss = script.diffusion_loss(transformer, scheduler, latents, conditions)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(lora, args.max_grad_norm)
+    counter.cost.traffic += 3 * 4 * num_parameters + 2 * optimizer.nbytes  # of the optimizer: all is read, and written
+    parts["activations"] = counter.cost.peak - sum(parts.values())
+    counter.cost.parts = parts
+    return counter.cost, num_parameters
+
+
+def count(models: list[torch.nn.Module], function: Callable) -> Cost:
+    """Of a function without gradients, with these models on the device."""
+    counter = CostCounter()
+    counter.watch(*(tensor for model in models for tensor in (*model.parameters(), *model.buffers())))
+    parts = {"weights": counter.live}
+    with torch.no_grad(), mock.patch.object(F, "scaled_dot_product_attention", flash_attention), counter:
+        function()
+    counter.cost.parts = parts | {"activations": counter.cost.peak - parts["weights"]}
+    return counter.cost
