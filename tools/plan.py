@@ -74,6 +74,13 @@ def elements(tensor: torch.Tensor) -> int:
     return math.prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
 
 
+def operations_4_bit(tokens: torch.Tensor, _weight: torch.Tensor, shape: tuple[int, int], *_, **__) -> int:
+    return 2 * tokens.numel() * shape[0]
+
+
+FLOP = flop_registry | {torch.ops.bitsandbytes.gemm_4bit: operations_4_bit}
+
+
 class CostCounter(TorchDispatchMode):
     """Counts, while it is entered, the bytes that live on the device and what each operation reads and writes."""
 
@@ -106,7 +113,7 @@ class CostCounter(TorchDispatchMode):
             self.cost.traffic += moved
             if name.startswith(("_to_copy", "copy_")):
                 self.cost.casts += moved
-            if operations := flop_registry.get(func._overloadpacket):
+            if operations := FLOP.get(func._overloadpacket):
                 self.cost.flop += operations(*args, **kwargs or {}, out_val=result)
                 self.cost.matrix_traffic += moved
         self.watch(*outputs)
@@ -146,16 +153,16 @@ def build_transformer(config: dict, dtype: torch.dtype, quantization_config=None
     for tensor in itertools.chain(transformer.parameters(), transformer.buffers()):
         tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
     if quantization_config is not None:
-        replace_with_bnb_linear(transformer, quantization_config=quantization_config)
+        replace_with_bnb_linear(transformer, [], quantization_config=quantization_config)
         for layer in transformer.modules():
             if isinstance(layer, bitsandbytes.nn.Linear4bit):
                 weight = torch.empty(layer.out_features, layer.in_features, dtype=dtype, device="meta")
-                layer.weight = bitsandbytes.nn.Params4bit(weight, False, quant_type="nf4")._quantize("meta")
-                layer.weight.quant_state.absmax = torch.empty(weight.numel() // 64, device="meta")
+                layer.weight = bitsandbytes.nn.Params4bit(weight, False, compress_statistics=False, quant_type="nf4")
+                layer.weight = layer.weight._quantize("meta")
             elif isinstance(layer, bitsandbytes.nn.Linear8bitLt):
-                shape = (layer.out_features, layer.in_features)
-                layer.weight = torch.nn.Parameter(torch.empty(shape, dtype=torch.int8, device="meta"), False)
-                layer.state.CB, layer.state.SCB = layer.weight.data, torch.empty(shape[0], device="meta")
+                weight = torch.empty(layer.out_features, layer.in_features, dtype=torch.int8, device="meta")
+                scales = torch.empty(layer.out_features, device="meta")
+                layer.weight = bitsandbytes.nn.Int8Params(weight, False, False, CB=weight, SCB=scales)
             if isinstance(layer, (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)) and layer.bias is not None:
                 layer.bias = torch.nn.Parameter(torch.empty(layer.out_features, dtype=dtype, device="meta"), False)
     return transformer
