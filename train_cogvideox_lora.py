@@ -173,6 +173,7 @@ def memory_advice(args: Namespace) -> str:
         "--checkpoint_policy full": args.checkpoint_policy == "full",
         "--offload_activations": args.offload_activations, "--quantize_base nf4": args.quantize_base == "nf4",
         "--rank 64": args.rank <= 64, "fewer or smaller frames": False,
+        "while encoding --enable_tiling": args.enable_tiling,
     }  # fmt: skip
     return ", ".join(flag for flag, is_given in flags.items() if not is_given)
 
@@ -831,6 +832,11 @@ def pretrained_source(args: Namespace, subfolder: str, dtype: torch.dtype | None
     return source | {"subfolder": subfolder} | ({"variant": args.variant, "dtype": dtype} if dtype else {})
 
 
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on a GPU; no limit on the CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+
+
 def load_vae(args: Namespace, dtype: torch.dtype) -> AutoencoderKLCogVideoX:
     vae = AutoencoderKLCogVideoX.from_pretrained(**pretrained_source(args, "vae", dtype))
     vae.use_slicing, vae.use_tiling = args.enable_slicing, args.enable_tiling
@@ -1260,7 +1266,11 @@ def precompute_prompts(args: Namespace, accelerator: Accelerator, prompts: list[
     new = find_new(folder / "prompts", "prompt_embeds", {prompt: (path,) for prompt, path in paths.items()})
     if share := new[accelerator.process_index :: accelerator.num_processes]:
         tokenizer = T5Tokenizer.from_pretrained(**pretrained_source(args, "tokenizer"))
-        text_encoder = T5EncoderModel.from_pretrained(**pretrained_source(args, "text_encoder", dtype)).to(device)
+        text_encoder = T5EncoderModel.from_pretrained(**pretrained_source(args, "text_encoder", dtype))
+        if (size := text_encoder.get_memory_footprint()) > 0.95 * free_memory(device):  # T5-XXL: 8.9 GiB
+            logger.info(f"The text encoder ({size / 2**30:.1f} GiB) does not fit on {device}: it runs on the CPU")
+            device = torch.device("cpu")
+        text_encoder.to(device)
         too_long = [f"{p[:60]}…" for p in new if len(tokenizer(p, verbose=False).input_ids) > num_tokens]
         if too_long:
             logger.warning(f"Cut to the {num_tokens} tokens that the model takes:\n{listing(too_long)}")
@@ -1819,6 +1829,8 @@ def run_validation(run: Run, is_final: bool = False) -> list[tuple[str, Path]]:
         log_held_out_loss(run)
     with attempt("Validation"):
         vae = load_vae(args, DTYPES[accelerator.mixed_precision]).to(accelerator.device) if share else None
+        if vae and free_memory(accelerator.device) < 50_000 * args.height * args.width:  # what it takes untiled
+            vae.enable_tiling()
         pipe = PIPELINE(None, None, vae, run.base, run.noise_scheduler)
         pipe.set_progress_bar_config(disable=not (is_first_process() and sys.stderr.isatty()), leave=False)
         for index in share:

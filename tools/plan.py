@@ -3,8 +3,8 @@
     python tools/plan.py train_cogvideox_lora.py [the flags of the run] [--gpu 4090] [--num_processes 8] [--json]
 
 The script's own functions run on the meta device, which knows shapes and no values. So a step of the real model takes
-seconds without a GPU, its weights are not loaded (only its configs are read), and the counts are exact: the peak of the
-tensors that are alive, the bytes that each operation reads and writes, and the operations of matrix products and
+seconds without a GPU, its weights are not loaded (only its configs are read), and the counts are exact: the peak of
+the tensors that are alive, the bytes that each operation reads and writes, and the operations of matrix products and
 attention. What an allocator wastes and what CUDA itself takes (about 0.6 GiB) is not in them, and a compiled block
 moves fewer bytes. Seconds are estimates: bytes at the card's bandwidth, and operations at 80 % of its peak.
 """
@@ -12,7 +12,9 @@ moves fewer bytes. Seconds are estimates: bytes at the card's bandwidth, and ope
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -163,7 +165,8 @@ def build_transformer(config: dict, dtype: torch.dtype, quantization_config=None
                 weight = torch.empty(layer.out_features, layer.in_features, dtype=torch.int8, device="meta")
                 scales = torch.empty(layer.out_features, device="meta")
                 layer.weight = bitsandbytes.nn.Int8Params(weight, False, False, CB=weight, SCB=scales)
-            if isinstance(layer, (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)) and layer.bias is not None:
+            quantized = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+            if isinstance(layer, quantized) and layer.bias is not None:
                 layer.bias = torch.nn.Parameter(torch.empty(layer.out_features, dtype=dtype, device="meta"), False)
     return transformer
 
@@ -201,8 +204,10 @@ def training_cost(
         lora = script.add_lora(transformer, args.rank, args.lora_alpha, args.lora_target_modules)
         num_parameters = sum(parameter.numel() for parameter in lora)
         tensors = dict(itertools.chain(transformer.named_parameters(), transformer.named_buffers()))
-        states = [m.weight.quant_state.absmax for m in transformer.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
-        counter.watch(*(tensor for name, tensor in tensors.items() if "lora_" not in name), *states)
+        scales = [getattr(tensor, "SCB", None) for tensor in tensors.values()]
+        scales += [tensor.quant_state.absmax for tensor in tensors.values() if hasattr(tensor, "quant_state")]
+        counter.watch(*(tensor for name, tensor in tensors.items() if "lora_" not in name))
+        counter.watch(*(scale for scale in scales if scale is not None))
         parts = {"base": counter.live}
         counter.watch(*lora)
         parts |= {"LoRA": counter.live - parts["base"], "gradients": 4 * num_parameters}
@@ -241,3 +246,165 @@ def count(models: list[torch.nn.Module], function: Callable) -> Cost:
         function()
     counter.cost.parts = parts | {"activations": counter.cost.peak - parts["weights"]}
     return counter.cost
+
+
+def without_values(config_class, model_class, config: dict, dtype: torch.dtype) -> torch.nn.Module:
+    """A model on the meta device, from its config."""
+    with torch.device("meta"):
+        model = model_class(config_class(**config)) if config_class else model_class.from_config(config)
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
+    return model.eval()
+
+
+def sampling_cost(script: ModuleType, args: Namespace, vae: torch.nn.Module, training: Cost, limit: float) -> Cost:
+    """Of a validation video: --num_inference_steps calls of the transformer, each with and without the prompt
+    (classifier-free guidance), and the decoding, in tiles if it would take more than `limit` bytes. What training
+    holds stays on the device."""
+    config, vae_config = (script.read_config(args, name)[0] for name in ("transformer", "vae"))
+    scale, dtype = script.pixels_per_latent(vae_config), vae.dtype
+    new = functools.partial(torch.zeros, dtype=dtype, device="meta")
+    frames = (script.frames_4k_plus_1(args.max_num_frames) - 1) // 4 + 1
+    moments = new(1, 2 * vae_config["latent_channels"], frames, args.height // scale, args.width // scale)
+    batch = {"moments": moments, "image_moments": moments[:, :, :1]}
+    batch["prompt_embeds"] = new(1, config["max_text_seq_length"], config["text_embed_dim"])
+    with without_weights(config):
+        transformer = script.load_transformer(args, dtype).eval()
+        script.add_lora(transformer, args.rank, args.lora_alpha, args.lora_target_modules)
+    latents, conditions = script.prepare_batch(batch, transformer.config, vae_config, args)  # [1, f, C, h, w]
+    conditions.pop("num_padding")
+    both = torch.cat([latents, conditions.pop("image_latents", latents[:, :, :0])], dim=2).to(dtype)
+    conditions["encoder_hidden_states"] = batch["prompt_embeds"].expand(2, -1, -1)
+    timesteps = new(2).long()
+    both = both.expand(2, -1, -1, -1, -1)
+    cost = count([transformer, vae], lambda: transformer(both, timestep=timesteps, **conditions))
+    held = training.parts["base"] + training.parts["LoRA"] + training.parts["optimizer"]
+    compressed = latents.permute(0, 2, 1, 3, 4).to(dtype)  # [1, C, f, h, w]
+    decoding = count([vae], lambda: vae.decode(compressed))
+    if decoding.peak + held > limit:
+        vae.use_tiling = True
+        decoding = count([vae], lambda: vae.decode(compressed))
+    cost.peak = max(cost.peak + training.parts["optimizer"], decoding.peak + held)
+    for name in ("traffic", "matrix_traffic", "flop"):
+        setattr(cost, name, args.num_inference_steps * getattr(cost, name) + getattr(decoding, name))
+    cost.parts = {"held": held, "activations and VAE": cost.peak - held}
+    return cost
+
+
+def stages(
+    script: ModuleType, args: Namespace, shapes: list[tuple], dtype: torch.dtype, limit: float = math.inf
+) -> tuple[dict[str, Cost], int]:
+    """The cost of encoding a prompt and a clip, of a training step and of sampling a video, by name, for the largest
+    of `shapes`, (f, h, w) of the encoded clips; and the number of trained parameters."""
+    transformer_config, vae_config = (script.read_config(args, name)[0] for name in ("transformer", "vae"))
+    text_config = script.read_config(args, "text_encoder")[0]
+    text_encoder = without_values(T5Config, T5EncoderModel, text_config, dtype)
+    tokens = torch.zeros(1, transformer_config["max_text_seq_length"], dtype=torch.int64, device="meta")
+    costs = {"encoding a prompt": count([text_encoder], lambda: text_encoder(tokens))}
+    vae = without_values(None, AutoencoderKLCogVideoX, vae_config, dtype)
+    vae.use_slicing, vae.use_tiling = args.enable_slicing, args.enable_tiling
+    scale, (frames, height, width) = script.pixels_per_latent(vae_config), max(shapes, key=math.prod)
+    video = torch.zeros(4 * frames - 3, 3, scale * height, scale * width, dtype=dtype, device="meta")  # [F, C, H, W]
+    costs["encoding a clip"] = count([vae], lambda: script.encode_video(vae, video))
+    cost, num_parameters = training_cost(script, args, transformer_config, vae_config, (frames, height, width), dtype)
+    costs["a training step"] = cost
+    if args.validation_prompt:
+        costs["sampling a video"] = sampling_cost(script, args, vae, cost, limit)
+    return costs, num_parameters
+
+
+def what_fits(script: ModuleType, args: Namespace, shape: tuple, dtype: torch.dtype, limit: float) -> str:
+    """The flags, the cheapest first, with which a training step takes at most `limit` GiB."""
+    configs = [script.read_config(args, name)[0] for name in ("transformer", "vae")]
+    changed, flags = Namespace(**vars(args)), []
+    for change in CHEAPEST_FIRST:
+        ((name, value),) = change.items()
+        if getattr(changed, name) == value or (name == "rank" and changed.rank < value):
+            continue
+        setattr(changed, name, value)
+        flags = [flag for flag in flags if not flag.startswith(f"--{name}")]
+        flags.append(f"--{name}" if value is True else f"--{name} {value}")
+        peak = training_cost(script, changed, *configs, shape, dtype)[0].peak / GIB
+        if peak <= limit:
+            return f"a training step fits with {' '.join(flags)}: {peak:.1f} GiB"
+    return f"no flag makes a training step fit: {peak:.1f} GiB with {' '.join(flags)}; take fewer or smaller frames"
+
+
+def plan(script: ModuleType, args: Namespace, num_processes: int = 1, gpu: str | None = None) -> dict:
+    """All that is printed, by name. Raises the script's RunError for flags, data or a model that cannot work."""
+    script.check_args(args)
+    configs = [script.read_config(args, name)[0] for name in ("transformer", "vae")]
+    script.check_model(args, *configs)
+    dtype = script.DTYPES[args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")]
+    names = inspect.signature(script.VideoDataset).parameters
+    dataset = script.VideoDataset(**{name: getattr(args, name) for name in names})
+    scale, channels, shapes = script.pixels_per_latent(configs[1]), 2 * configs[1]["latent_channels"], []
+    for index in range(len(dataset)):
+        _, indices, (height, width), _ = dataset.choose(index)
+        shapes.append(((len(indices) - 1) // 4 + 1, height // scale, width // scale))
+    has_image, flips = configs[0]["in_channels"] > channels // 2, 2 if args.random_flip else 1
+    sizes = [channels * flips * (f + has_image) * h * w * dtype.itemsize for f, h, w in shapes]
+    prompt = configs[0]["max_text_seq_length"] * configs[0]["text_embed_dim"] * dtype.itemsize
+    trained = dict(list(enumerate(shapes))[args.eval_split :])  # which ones are held out is drawn by the seed
+    share = (0, num_processes)
+    sampler = script.ShapeBatchSampler(trained, args.train_batch_size, 0, args.random_flip, share=share)
+    steps_an_epoch = math.ceil(len(sampler) / args.gradient_accumulation_steps)
+    limit = GPUS[gpu][0] - CUDA_CONTEXT if gpu else math.inf
+    costs, num_parameters = stages(script, args, shapes, dtype, limit * GIB)
+    found = {
+        "clips": {f"{4 * f - 3} x {scale * h} x {scale * w}": n for (f, h, w), n in sorted(Counter(shapes).items())},
+        "steps an epoch": steps_an_epoch,
+        "steps": args.max_train_steps or args.num_train_epochs * steps_an_epoch,
+        "trained parameters": num_parameters,
+        "disk for encoded clips": sum(sizes) + prompt * len({dataset.prompt(i) for i in range(len(dataset))} | {""}),
+        "stages": {stage: dataclasses.asdict(cost) for stage, cost in costs.items()},
+        "seconds": {name: {stage: cost.seconds(name) for stage, cost in costs.items()} for name in GPUS},
+    }
+    if gpu:
+        found["fit"] = {stage: cost.peak / GIB <= limit for stage, cost in costs.items()}
+        if not found["fit"]["a training step"]:
+            found["advice"] = what_fits(script, args, max(shapes, key=math.prod), dtype, limit)
+    return found
+
+
+def report(found: dict, gpu: str | None) -> str:
+    """What `plan` found, for people."""
+    clips = ", ".join(f"{number} of {size}" for size, number in found["clips"].items())
+    lines = [f"clips      {clips}", f"steps      {found['steps']} ({found['steps an epoch']} an epoch)"]
+    lines.append(f"LoRA       {found['trained parameters']:,} parameters")
+    lines.append(f"disk       {found['disk for encoded clips'] / GIB:.2f} GiB for encoded clips and prompts")
+    shown = [gpu] if gpu else list(GPUS)
+    lines.append(f"\n{'':19}{'peak, GiB':>10}{'TFLOP':>9}{'GiB moved':>11}   seconds on {', '.join(shown)}")
+    for stage, cost in found["stages"].items():
+        seconds = ", ".join(f"{found['seconds'][name][stage]:.1f}" for name in shown)
+        numbers = f"{cost['peak'] / GIB:10.1f}{cost['flop'] / 1e12:9.1f}{cost['traffic'] / GIB:11.0f}"
+        lines.append(f"{stage:19}{numbers}   {seconds}")
+        lines.append(f"{'':4}" + ", ".join(f"{part} {size / GIB:.1f}" for part, size in cost["parts"].items()))
+    for stage, is_enough in found.get("fit", {}).items():
+        cpu = ", and runs on the CPU" if stage == "encoding a prompt" else ""
+        verdict = "fits" if is_enough else f"does not fit{cpu}"
+        lines.append(f"{stage}: {verdict} ({gpu}, {GPUS[gpu][0]} GiB)")
+    return "\n".join(lines + ([found["advice"]] if "advice" in found else []))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("script", type=Path, help="the script of the run; its flags follow")
+    parser.add_argument("--gpu", choices=list(GPUS), help="say what fits, and which flags make it fit")
+    parser.add_argument("--num_processes", type=int, default=1)
+    parser.add_argument("--json", action="store_true")
+    own, flags = parser.parse_known_args(argv)
+    spec = importlib.util.spec_from_file_location(own.script.stem, own.script)
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[own.script.stem] = script
+    spec.loader.exec_module(script)
+    args = script.get_args(flags)
+    try:
+        found = plan(script, args, own.num_processes, own.gpu)
+    except script.RunError as error:
+        sys.exit(f"plan.py: error: {error}")
+    print(json.dumps(found) if own.json else report(found, own.gpu))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""The configurations of the five CogVideoX models, as published in their config.json files. The counts build them
+without weights, the benchmarks with random ones."""
+
+import json
+from pathlib import Path
+
+TRANSFORMER = {
+    "_class_name": "CogVideoXTransformer3DModel", "attention_head_dim": 64, "in_channels": 16, "out_channels": 16,
+    "time_embed_dim": 512, "text_embed_dim": 4096, "max_text_seq_length": 226, "patch_size": 2, "sample_width": 90,
+    "sample_height": 60, "sample_frames": 49, "num_attention_heads": 48, "num_layers": 42,
+    "use_rotary_positional_embeddings": True,
+}  # fmt: skip
+VERSION_1_5 = {"patch_size_t": 2, "patch_bias": False, "sample_frames": 81, "sample_height": 96, "sample_width": 170}
+TRANSFORMERS = {
+    "2b": {"num_attention_heads": 30, "num_layers": 30, "use_rotary_positional_embeddings": False},
+    "5b": {},
+    "5b-i2v": {"in_channels": 32, "use_learned_positional_embeddings": True},
+    "1.5-5b": VERSION_1_5,
+    "1.5-5b-i2v": VERSION_1_5 | {"in_channels": 32, "ofs_embed_dim": 512},
+}
+SHAPES = {"1.5-5b": (81, 768, 1360), "1.5-5b-i2v": (81, 768, 1360)}  # of a clip; the others': 49 x 480 x 720
+VAE = {
+    "_class_name": "AutoencoderKLCogVideoX", "latent_channels": 16, "layers_per_block": 3, "sample_height": 480,
+    "sample_width": 720, "block_out_channels": [128, 256, 256, 512], "scaling_factor": 0.7,
+    "down_block_types": ["CogVideoXDownBlock3D"] * 4, "up_block_types": ["CogVideoXUpBlock3D"] * 4,
+}  # fmt: skip
+TEXT_ENCODER = {
+    "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
+
+
+def transformer_config(name: str) -> dict:
+    return TRANSFORMER | TRANSFORMERS[name]
+
+
+def vae_config(name: str) -> dict:
+    scaling_factor = {"2b": 1.15258426}.get(name, 0.7)
+    return VAE | {"scaling_factor": scaling_factor, "invert_scale_latents": name == "1.5-5b-i2v"}
+
+
+def script_name(name: str) -> str:
+    return "train_cogvideox_image_to_video_lora" if name.endswith("i2v") else "train_cogvideox_lora"
+
+
+def write_configs(name: str, folder: Path) -> Path:
+    """A model folder without weights, from which tools/plan.py can read."""
+    configs = {"transformer": transformer_config(name), "vae": vae_config(name), "text_encoder": TEXT_ENCODER}
+    for part, config in configs.items():
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        (folder / part / "config.json").write_text(json.dumps(config))
+    return folder
