@@ -97,7 +97,7 @@ from diffusers import (
 )
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
-from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
+from diffusers.models.transformers import cogvideox_transformer_3d as diffusers_cogvideox
 from diffusers.optimization import get_scheduler
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from diffusers.quantizers.quantization_config import BitsAndBytesConfig
@@ -909,9 +909,9 @@ def modulate(norm_zero: torch.nn.Module, hidden_states: Tensor, text: Tensor, te
     return torch.cat([text, hidden_states], dim=1), gate, text_gate
 
 
-class Block(CogVideoXBlock):
-    """CogVideoXBlock, to rounding, for video [B, V, D] and text [B, S, D]. It moves half as many bytes: diffusers'
-    rotates in fp32 copies, writes into slices that autograd clones, and has an operation for each sum and product."""
+class CogVideoXBlock(diffusers_cogvideox.CogVideoXBlock):  # FSDP2 finds blocks by this name
+    """diffusers' block, to rounding, for video [B, V, D] and text [B, S, D]. It moves half as many bytes:
+    theirs rotates in fp32 copies, writes into slices that autograd clones, and has an operation for each sum."""
 
     num_parts = 1  # of the tokens, of which one at a time is in the feed-forward layers
 
@@ -988,7 +988,7 @@ def load_transformer(args: Namespace, dtype: torch.dtype) -> CogVideoXTransforme
         policy = {"context_fn": keep} if args.checkpoint_policy == "attention" else {}
         transformer.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=False, **policy))
     for block in transformer.transformer_blocks:
-        block.__class__, block.num_parts = Block, 4 if args.offload_activations and not args.compile else 1
+        block.__class__, block.num_parts = CogVideoXBlock, 4 if args.offload_activations and not args.compile else 1
         if args.compile:  # for each shape: once for the first block, whose input needs no gradient, and once for all
             block.compile(backend=inductor_or_eager, dynamic=False)
     return transformer.requires_grad_(False)

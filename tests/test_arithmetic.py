@@ -116,8 +116,11 @@ def larger(tmp_path_factory):
 
 
 @pytest.mark.parametrize("levers", LEVERS.values(), ids=LEVERS)
-def test_levers_change_no_number(script, larger, levers):
-    """To 1e-5 in fp32, as above."""
+def test_levers_change_no_number(script, larger, levers, monkeypatch):
+    """To 1e-5 in fp32, as above. Inductor compiles once, alone; with other levers a backend that compiles faster."""
+    if levers.get("compile") and levers.get("offload_activations"):
+        monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", aot_eager)
+    torch._dynamo.reset()
     expected, found = loss_and_gradients(script, larger), loss_and_gradients(script, larger, **levers)
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert distance(found, expected) < 1e-5

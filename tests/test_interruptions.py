@@ -269,8 +269,8 @@ def test_out_of_memory_leaves_a_checkpoint_of_the_last_complete_step(script, lau
     settings = {"train_batch_size": 1, "gradient_accumulation_steps": 2, "max_train_steps": 4}
     prepare = lambda _: at_call(Accelerator, "backward", 6, fail)  # noqa: E731  (the second half of the third step)
     child = launch(prepare=prepare, dataloader_num_workers=2, **settings)
-    assert child.wait(60) == 1
-    assert "OutOfMemoryError: no memory for this step" in child.said() and "Traceback" in child.said()
+    assert child.wait(60) == 6
+    assert "too little memory: no memory for this step" in child.said() and "Traceback" not in child.said()
     assert checkpoints(tmp_path / "output") == ["checkpoint-2"]
     assert "To continue, give the same command with --resume_from_checkpoint latest." in child.said()
     resumed = run(resume_from_checkpoint="latest", **settings)
