@@ -235,3 +235,21 @@ def test_stored_files_hold_what_training_needs(rerun, clips):
     assert {tuple(item["prompt_embeds"].shape) for item in prompts} == {(226, 32)}
     assert {str(x.dtype) for item in videos + prompts for x in item.values()} == {"torch.bfloat16"}
     assert not list(folder.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("free", [1.1, 0.9])
+def test_text_encoder_that_does_not_fit_runs_on_the_cpu(script, rerun, clips, monkeypatch, caplog, free):
+    """Free memory is given as a part of what the encoder takes. Embeddings are the same either way."""
+    caplog.set_level("INFO")
+    from_pretrained, sizes = T5EncoderModel.from_pretrained, []
+
+    def load(_class, *args, **kwargs):
+        encoder = from_pretrained(*args, **kwargs)
+        sizes.append(encoder.get_memory_footprint())
+        return encoder
+
+    monkeypatch.setattr(T5EncoderModel, "from_pretrained", classmethod(load))
+    monkeypatch.setattr(script, "free_memory", lambda _device: free * sizes[-1])
+    rerun()
+    assert ("it runs on the CPU" in caplog.text) == (free < 1)
+    assert len(list((clips / ".cogvideox_precomputed" / "prompts").glob("*.safetensors"))) == 5

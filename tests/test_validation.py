@@ -202,3 +202,16 @@ def test_tracker_without_login_ends_the_run_before_encoding(script, flags, run, 
     )  # fmt: skip
     assert done.returncode == 2 and "error: --report_to wandb: " in done.stderr, done.stderr[-2000:]
     assert "Traceback" not in done.stderr and not list((tmp_path / "pre").glob("*/*"))
+
+
+@pytest.mark.parametrize("free", [400e6, 200e6])
+def test_samples_are_decoded_in_tiles_where_memory_is_short(script, run, monkeypatch, free):
+    """Decoding takes up to 50 kB a pixel of a frame: 307 MB of 64 x 96."""
+    tiled = []
+    monkeypatch.setattr(script, "free_memory", lambda _device: free)
+    enable_tiling = script.AutoencoderKLCogVideoX.enable_tiling
+    monkeypatch.setattr(
+        script.AutoencoderKLCogVideoX, "enable_tiling", lambda self: tiled.append(True) or enable_tiling(self)
+    )
+    output = run(max_train_steps=1, validation_prompt="a red square", num_inference_steps=1)
+    assert len(tiled) == (free < 300e6) and list(output.glob("validation/*.mp4"))

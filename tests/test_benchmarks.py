@@ -1,0 +1,38 @@
+"""benchmarks/train_step.py on its tiny model. Its times are of no meaning here."""
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import CogVideoXTransformer3DModel
+
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
+
+import train_step  # noqa: E402
+
+
+def test_settings_compute_the_loss_of_diffusers_example(tmp_path):
+    """In fp32 to 1e-5. Each setting is measured for as many steps as asked, after two."""
+    torch.manual_seed(0)
+    CogVideoXTransformer3DModel.from_config(train_step.config_of("tiny")).save_pretrained(tmp_path / "transformer")
+    settings = ["diffusers' example", "no recomputation", "attention kept", "offloaded"]
+    found = {setting: train_step.measure("tiny", setting, 8, 2, str(tmp_path)) for setting in settings}
+    for measured in found.values():
+        assert measured["loss"] == pytest.approx(found["diffusers' example"]["loss"], rel=1e-5)
+        assert len(measured["seconds"]) == 2 and min(measured["seconds"]) > 0 and measured["peak"] is None
+    flop = {setting: train_step.counted("tiny", setting, 8).flop for setting in settings[1:]}
+    assert flop["no recomputation"] < flop["attention kept"] < flop["offloaded"]
+
+
+@pytest.mark.long
+def test_table_and_json_of_a_benchmark(tmp_path, capsys):
+    words = ["tiny", "--settings", "recomputed", "--steps", "3", "--rank", "8", "--results", str(tmp_path)]
+    train_step.main(words)
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| recomputed |")]
+    (file,) = tmp_path.glob("*-tiny-CPU.json")
+    results = json.loads(file.read_text())
+    seconds = sorted(results["settings"]["recomputed"]["seconds"])
+    assert len(seconds) == 3 and row.split(" | ")[1:4] == [f"{seconds[i]:.3f}" for i in (1, 0, 2)]
+    assert results["versions"]["torch"] == torch.__version__.split("+")[0] and results["peak_flop_per_second"] > 0
