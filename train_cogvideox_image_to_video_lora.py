@@ -134,6 +134,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 VIDEO_TYPES, PICTURE_TYPES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif"}, {".png", ".jpg", ".jpeg", ".webp"}
 STATE_FILE = "training_state.json"  # the last file that is written into a checkpoint: with it, it is complete
 CACHE_FORMAT = 1  # raise it when the content of a precomputed file changes for the same key
+SMALL_TILES = (144, 200)  # pixels; the overlaps of the VAE's tiles, 1/6 and 1/5 of them, must be whole latent pixels
 DECODE_SECONDS = 60  # after which a clip counts as one that cannot be decoded
 SHARDED_BASE = ("deepspeed zero3", "fsdp2")  # engines under which all processes take part in each forward pass
 RESUME_HINT = "To continue, give the same command with --resume_from_checkpoint latest."
@@ -1900,7 +1901,7 @@ def run_validation(run: Run, is_final: bool = False) -> list[tuple[str, Path]]:
     with attempt("Validation"):
         vae = load_vae(args, DTYPES[accelerator.mixed_precision]).to(accelerator.device) if share else None
         if vae and free_memory(accelerator.device) < 50_000 * args.height * args.width:  # what it takes untiled
-            vae.enable_tiling()
+            vae.enable_tiling(*SMALL_TILES)
         pipe = PIPELINE(None, None, vae, run.base, run.noise_scheduler)
         pipe.set_progress_bar_config(disable=not (is_first_process() and sys.stderr.isatty()), leave=False)
         for index in share:

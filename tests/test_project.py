@@ -103,7 +103,8 @@ def test_other_commands_exist():
     others = {line for block in BASH if "=(" not in block for line in block.splitlines()}
     others -= {line for block in LAUNCHES.values() for line in block.splitlines()}
     made = {"make demo", "make demo KIND=i2v", "make test", "make test-slow"}
-    assert others == made | {"pip install -r requirements.txt", "uv run train_cogvideox_lora.py --help"}
+    made_elsewhere = {"pip install -r requirements.txt", "uv run train_cogvideox_lora.py --help"}
+    assert others == made | made_elsewhere | {'python tools/plan.py "${train[@]}" --gpu 4090'}
     makefile = (ROOT / "Makefile").read_text()
     assert all(re.search(rf"^{command.split()[1]}:", makefile, re.M) for command in made)
     assert "make test" in (ROOT / ".ci" / "run").read_text()
@@ -113,11 +114,26 @@ def test_other_commands_exist():
         assert (ROOT / command).is_file(), command
 
 
+@pytest.mark.parametrize("name", ["5b", "5b-i2v"])
+def test_the_readmes_command_plans_the_run(models, start_images, capsys, name):
+    """With a tiny model in place of the published one, and small clips."""
+    assert 'python tools/plan.py "${train[@]}" --gpu 4090' in README
+    words = readme_command(name, "one GPU")
+    words = words[next(i for i, word in enumerate(words) if word.endswith(".py")) :]
+    tiny.make_clips(Path("my_clips"))
+    model, images = models["i2v" if "i2v" in name else "t2v"], ":::".join(map(str, start_images[:2]))
+    words = [str(model) if "THUDM/" in word else images if word.endswith(".png") else word for word in words]
+    sizes = ["--height", "64", "--width", "96", "--max_num_frames", "9", "--num_inference_steps", "1"]
+    load_tool("plan").main([str(ROOT / words[0]), *words[1:], *sizes, "--gpu", "4090"])
+    said = capsys.readouterr().out
+    assert "clips      4 of 9 x 64 x 96" in said and "steps      120 (4 an epoch)" in said and "fits (4090" in said
+
+
 def test_flags_in_the_readme_exist():
     sources = "".join((ROOT / f"{name}.py").read_text() for name in SCRIPTS)
     declared = set(re.findall(r'add\("(--\w+)"', sources))
     prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
-    elsewhere = {"--help", "--paper", "--picture", "--max_restarts", "--rdzv_backend", "--requeue"}
+    elsewhere = {"--help", "--paper", "--picture", "--max_restarts", "--rdzv_backend", "--requeue", "--counted"}
     assert set(re.findall(r"--\w+", prose)) - elsewhere <= declared
 
 

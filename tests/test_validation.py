@@ -210,8 +210,7 @@ def test_samples_are_decoded_in_tiles_where_memory_is_short(script, run, monkeyp
     tiled = []
     monkeypatch.setattr(script, "free_memory", lambda _device: free)
     enable_tiling = script.AutoencoderKLCogVideoX.enable_tiling
-    monkeypatch.setattr(
-        script.AutoencoderKLCogVideoX, "enable_tiling", lambda self: tiled.append(True) or enable_tiling(self)
-    )
+    spy = lambda self, *size: tiled.append(size) or enable_tiling(self, *size)  # noqa: E731
+    monkeypatch.setattr(script.AutoencoderKLCogVideoX, "enable_tiling", spy)
     output = run(max_train_steps=1, validation_prompt="a red square", num_inference_steps=1)
     assert len(tiled) == (free < 300e6) and list(output.glob("validation/*.mp4"))

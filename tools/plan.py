@@ -282,7 +282,7 @@ def sampling_cost(script: ModuleType, args: Namespace, vae: torch.nn.Module, tra
     compressed = latents.permute(0, 2, 1, 3, 4).to(dtype)  # [1, C, f, h, w]
     decoding = count([vae], lambda: vae.decode(compressed))
     if decoding.peak + held > limit:
-        vae.use_tiling = True
+        vae.enable_tiling(*script.SMALL_TILES)
         decoding = count([vae], lambda: vae.decode(compressed))
     cost.peak = max(cost.peak + training.parts["optimizer"], decoding.peak + held)
     for name in ("traffic", "matrix_traffic", "flop"):
