@@ -988,6 +988,7 @@ def load_transformer(args: Namespace, dtype: torch.dtype) -> CogVideoXTransforme
         keep = functools.partial(create_selective_checkpoint_contexts, keep_attention)
         policy = {"context_fn": keep} if args.checkpoint_policy == "attention" else {}
         transformer.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=False, **policy))
+    torch._dynamo.config.recompile_limit = 64  # sizes of clips; each is compiled for training and for sampling
     for block in transformer.transformer_blocks:
         block.__class__, block.num_parts = CogVideoXBlock, 4 if args.offload_activations and not args.compile else 1
         if args.compile:  # for each shape: once for the first block, whose input needs no gradient, and once for all
@@ -1566,8 +1567,6 @@ def get_optimizer(args: Namespace, params_to_optimize, use_deepspeed: bool = Fal
     if args.use_8bit_adam:
         import bitsandbytes
         optimizer_class = getattr(bitsandbytes.optim, f"{optimizer_class.__name__}8bit")
-    elif torch.cuda.is_available():
-        common["fused"] = True
     return optimizer_class(params_to_optimize, **common)
 
 
@@ -1584,6 +1583,8 @@ def prepare(args: Namespace, accelerator: Accelerator, transformer: torch.nn.Mod
     clips_a_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     learning_rate = args.learning_rate * (clips_a_step if args.scale_lr else 1)
     groups = [{"params": list(lora_parameters(transformer).values()), "lr": learning_rate}]
+    if accelerator.device.type == "cuda" and not args.use_8bit_adam and args.optimizer != "prodigy":
+        groups[0]["fused"] = True  # in the group: a fused optimizer would hide the steps that fp16 skips
     optimizer = get_optimizer(args, groups, use_deepspeed="optimizer" in defined)
     make_schedule = functools.partial(
         get_scheduler, args.lr_scheduler, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps,

@@ -82,16 +82,16 @@ def test_fp32_step_is_that_of_diffusers_and_peft(models, name, kind, recompute):
 
 @pytest.mark.parametrize(("name", "kind"), KINDS, ids=[kind for _, kind in KINDS])
 def test_bf16_step_is_at_least_as_near_to_fp32_as_under_autocast(models, name, kind):
-    """Mean distances over 8 steps. Between machines, whose kernels add in other orders, they differ by 2 %."""
+    """Mean distances over 5 steps. Between machines, whose kernels add in other orders, they differ by 2 %."""
     script = importlib.import_module(name)
     distances = {True: [], False: []}
-    for seed in range(8):
+    for seed in range(5):
         exact = loss_and_gradients(script, models[kind], is_plain=True, seed=seed)
         for is_plain, found in distances.items():
             half = loss_and_gradients(script, models[kind], torch.bfloat16, is_plain, seed)
             assert half["loss"] == pytest.approx(exact["loss"], rel=0.01)
             found.append(distance(half, exact))
-    ours, plain = (sum(distances[is_plain]) / 8 for is_plain in (False, True))
+    ours, plain = (sum(distances[is_plain]) / 5 for is_plain in (False, True))
     assert ours <= 1.02 * plain and plain < 0.1
 
 
@@ -117,9 +117,18 @@ def larger(tmp_path_factory):
 
 @pytest.mark.parametrize("levers", LEVERS.values(), ids=LEVERS)
 def test_levers_change_no_number(script, larger, levers, monkeypatch):
-    """To 1e-5 in fp32, as above. Inductor compiles once, alone; with other levers a backend that compiles faster."""
-    if levers.get("compile") and levers.get("offload_activations"):
-        monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", aot_eager)
+    """To 1e-5 in fp32, as above. In place of inductor, a backend that compiles faster."""
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", aot_eager)
+    compare(script, larger, levers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("levers", [levers for levers in LEVERS.values() if levers.get("compile")])
+def test_inductor_changes_no_number(script, larger, levers):
+    compare(script, larger, levers)
+
+
+def compare(script, larger, levers) -> None:
     torch._dynamo.reset()
     expected, found = loss_and_gradients(script, larger), loss_and_gradients(script, larger, **levers)
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
