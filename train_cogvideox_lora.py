@@ -63,6 +63,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from argparse import Namespace
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -881,8 +882,6 @@ class CogVideoXBlock(diffusers_cogvideox.CogVideoXBlock):  # FSDP2 finds blocks 
     """diffusers' block, to rounding, for video [B, V, D] and text [B, S, D]. It moves half as many bytes:
     theirs rotates in fp32 copies, writes into slices that autograd clones, and has an operation for each sum."""
 
-    num_parts = 1  # of the tokens, of which one at a time is in the feed-forward layers
-
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None, attention_kwargs: dict | None = None,  # noqa: ARG002
@@ -907,7 +906,7 @@ class CogVideoXBlock(diffusers_cogvideox.CogVideoXBlock):  # FSDP2 finds blocks 
         tokens, gate, text_gate = modulate(self.norm2, hidden_states, encoder_hidden_states, temb)  # [B, S + V, D]
         if self.num_parts > 1:
             parts = tokens.chunk(self.num_parts, dim=1)
-            tokens = torch.cat([checkpoint(self.ff, part, use_reentrant=False) for part in parts], dim=1)
+            tokens = torch.cat([self.recompute(self.ff, part) for part in parts], dim=1)
         else:
             tokens = self.ff(tokens)
         text, video = tokens.split(sizes, dim=1)
@@ -945,19 +944,25 @@ def load_transformer(args: Namespace, dtype: torch.dtype) -> CogVideoXTransforme
     if bits:
         of_4_bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype} if bits == "4" else {}
         source["quantization_config"] = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, **of_4_bits)
-    transformer = CogVideoXTransformer3DModel.from_pretrained(**source)
+    with explain(f"--quantize_base {args.quantize_base}", RuntimeError) if bits else contextlib.nullcontext():
+        transformer = CogVideoXTransformer3DModel.from_pretrained(**source)
     for layer in transformer.modules():
         if hasattr(getattr(layer, "weight", None), "SCB"):
             layer.__class__ = Int8Linear
     if args.quantize_base == "fp8":
         transformer.enable_layerwise_casting(torch.float8_e4m3fn, dtype)
+    # fp8 layers return to 8 bits at their end, which torch would not reach when it has recomputed all that it needs.
+    recompute = functools.partial(checkpoint, use_reentrant=False, early_stop=args.quantize_base != "fp8")
     if args.gradient_checkpointing:
+        # What is kept stays on the device with --offload_activations, too; torch warns that this may change one day.
+        warnings.filterwarnings("ignore", message="A saved_tensors_hooks context")
         keep = functools.partial(create_selective_checkpoint_contexts, keep_attention)
         policy = {"context_fn": keep} if args.checkpoint_policy == "attention" else {}
-        transformer.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=False, **policy))
+        transformer.enable_gradient_checkpointing(functools.partial(recompute, **policy))
     torch._dynamo.config.recompile_limit = 64  # sizes of clips; each is compiled for training and for sampling
     for block in transformer.transformer_blocks:
-        block.__class__, block.num_parts = CogVideoXBlock, 4 if args.offload_activations and not args.compile else 1
+        block.__class__, block.recompute = CogVideoXBlock, recompute
+        block.num_parts = 4 if args.offload_activations and not args.compile else 1
         if args.compile:  # for each shape: once for the first block, whose input needs no gradient, and once for all
             block.compile(backend=inductor_or_eager, dynamic=False)
     return transformer.requires_grad_(False)

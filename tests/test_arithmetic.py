@@ -216,6 +216,21 @@ def test_quantized_base(script, larger, name):
     assert QUANTIZED[name] / 4 < distance(found, exact) < QUANTIZED[name]
 
 
+@pytest.mark.parametrize("levers", [RECOMPUTE, *list(LEVERS.values())[:3]])
+def test_fp8_weights_are_in_8_bits_after_each_step(script, larger, run, levers, monkeypatch):
+    """An error of an operation that is not recomputed as it was would come in the second step."""
+    loaded, load = [], script.load_transformer
+    monkeypatch.setattr(script, "load_transformer", lambda *args: loaded.append(load(*args)) or loaded[-1])
+    run(pretrained_model_name_or_path=larger, quantize_base="fp8", mixed_precision="bf16", max_train_steps=3, **levers)
+    layers = [layer for block in loaded[0].transformer_blocks for layer in (block.ff.net[2], block.ff.net[0].proj)]
+    assert {layer.weight.dtype for layer in layers} == {torch.float8_e4m3fn}
+
+
+def test_quantization_without_a_gpu_is_one_message(script, larger, run):
+    with pytest.raises(script.RunError, match="--quantize_base nf4: No GPU found"):
+        run(pretrained_model_name_or_path=larger, quantize_base="nf4", max_train_steps=1)
+
+
 @pytest.mark.parametrize("name", QUANTIZED)
 @pytest.mark.usefixtures("quantize_on_cpu")
 def test_quantized_run_resumes_and_saves_a_plain_lora(script, run, model, name):
