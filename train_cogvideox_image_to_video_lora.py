@@ -139,6 +139,10 @@ SMALL_TILES = (144, 200)  # pixels; the overlaps of the VAE's tiles, 1/6 and 1/5
 DECODE_SECONDS = 60  # after which a clip counts as one that cannot be decoded
 SHARDED_BASE = ("deepspeed zero3", "fsdp2")  # engines under which all processes take part in each forward pass
 RESUME_HINT = "To continue, give the same command with --resume_from_checkpoint latest."
+MEMORY_FLAGS = (  # that save device memory, the cheapest first
+    "--gradient_checkpointing", "--use_8bit_adam", "--offload_activations", "--quantize_base nf4", "--rank 64",
+    "--enable_tiling (while encoding)",
+)  # fmt: skip
 POSITION = ("seed", "step", "epoch", "batch")  # of a run in its data
 SETTINGS = (  # kept in a checkpoint and shown in the card
     "rank lora_alpha optimizer use_8bit_adam learning_rate lr_scheduler lr_warmup_steps train_batch_size "
@@ -173,19 +177,6 @@ def listing(items: list[str], limit: int = 20) -> str:
 
 
 log_error_once = functools.cache(logger.error)
-
-
-def memory_advice(args: Namespace) -> str:
-    """The flags that are not given and save device memory in training, the cheapest first."""
-    flags = {
-        "--gradient_checkpointing": args.gradient_checkpointing, "--train_batch_size 1": args.train_batch_size == 1,
-        "--use_8bit_adam": args.use_8bit_adam or args.optimizer == "prodigy",
-        "--checkpoint_policy full": args.checkpoint_policy == "full",
-        "--offload_activations": args.offload_activations, "--quantize_base nf4": args.quantize_base == "nf4",
-        "--rank 64": args.rank <= 64, "fewer or smaller frames": False,
-        "while encoding --enable_tiling": args.enable_tiling,
-    }  # fmt: skip
-    return ", ".join(flag for flag, is_given in flags.items() if not is_given)
 
 
 @contextlib.contextmanager
@@ -2202,8 +2193,9 @@ def command_line() -> None:
     except RunError as error:
         problem = error
     except torch.OutOfMemoryError as error:
+        flags = ", ".join(flag for flag in MEMORY_FLAGS if flag.split()[0] not in sys.argv)
         text = f"the device has too little memory: {str(error).splitlines()[0]} What helps, the cheapest first"
-        problem = RunError(f"{text}: {memory_advice(args)}. tools/plan.py tells what a run needs.", exit_code=6)
+        problem = RunError(f"{text}: {flags}. tools/plan.py tells what a run needs.", exit_code=6)
     except KeyboardInterrupt:
         problem = RunError(f"interrupted; what is encoded is kept. {RESUME_HINT}", 128 + signal.SIGINT)
     except RuntimeError as error:

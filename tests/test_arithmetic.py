@@ -259,7 +259,7 @@ def test_out_of_memory_names_what_helps(launch):
 
         Accelerator.backward = backward
 
-    child = launch(prepare=fail, gradient_checkpointing=True, train_batch_size=1)
+    child = launch(prepare=fail, gradient_checkpointing=True)
     assert child.wait() == 6 and "Traceback" not in child.said()
-    advice = "the cheapest first: --use_8bit_adam, --offload_activations, --quantize_base nf4, fewer or smaller frames"
+    advice = "the cheapest first: --use_8bit_adam, --offload_activations, --quantize_base nf4, --enable_tiling"
     assert advice in child.said() and "Tried to allocate 20.00 GiB." in child.said()
