@@ -274,6 +274,16 @@ def test_fsdp2_is_the_plain_run_of_two_processes(script, launch, tmp_path):
     assert same_tensors(lora_file(output)[0], expected)
 
 
+@pytest.mark.parametrize("engine", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+@pytest.mark.parametrize("lever", [{"quantize_base": "nf4"}, {"compile": True}])
+def test_levers_that_an_engine_does_not_take_are_refused(script, flags, monkeypatch, engine, lever):
+    accelerator = SimpleNamespace(mixed_precision="bf16", gradient_accumulation_steps=1, distributed_type=engine)
+    monkeypatch.setattr(script, "Accelerator", lambda **_: accelerator)
+    with pytest.raises(script.RunError, match=f"do not work with {engine.value}") as error:
+        script.get_accelerator(script.get_args(flags(**lever)))
+    assert error.value.exit_code == 2
+
+
 @pytest.mark.parametrize(("is_fsdp2", "dtype", "advice"), [(False, "bf16", "fsdp_version: 2"), (True, "fp16", "bf16")])
 def test_fsdp_that_cannot_train_is_refused(script, flags, monkeypatch, is_fsdp2, dtype, advice):
     fsdp = {"distributed_type": DistributedType.FSDP, "is_fsdp2": is_fsdp2}
