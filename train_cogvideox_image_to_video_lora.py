@@ -964,11 +964,12 @@ def inductor_or_eager(graph: torch.fx.GraphModule, inputs: list) -> Callable:
 
 def load_transformer(args: Namespace, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
     """The frozen base, straight in the compute dtype, or quantized shard by shard as it loads."""
-    source, bits = pretrained_source(args, "transformer", dtype), {"nf4": "4", "int8": "8"}.get(args.quantize_base)
-    if bits:
-        of_4_bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype} if bits == "4" else {}
-        source["quantization_config"] = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, **of_4_bits)
-    with explain(f"--quantize_base {args.quantize_base}", RuntimeError) if bits else contextlib.nullcontext():
+    source, explained = pretrained_source(args, "transformer", dtype), contextlib.nullcontext()
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    if options := {"nf4": nf4, "int8": {"load_in_8bit": True}}.get(args.quantize_base):
+        source["quantization_config"] = BitsAndBytesConfig(**options)
+        explained = explain(f"--quantize_base {args.quantize_base}", RuntimeError)
+    with explained:
         transformer = CogVideoXTransformer3DModel.from_pretrained(**source)
     for layer in transformer.modules():
         if hasattr(getattr(layer, "weight", None), "SCB"):
@@ -977,13 +978,15 @@ def load_transformer(args: Namespace, dtype: torch.dtype) -> CogVideoXTransforme
         transformer.enable_layerwise_casting(torch.float8_e4m3fn, dtype)
     # fp8 layers return to 8 bits at their end, which torch would not reach when it has recomputed all that it needs.
     recompute = functools.partial(checkpoint, use_reentrant=False, early_stop=args.quantize_base != "fp8")
-    if args.gradient_checkpointing:
+    if args.checkpoint_policy == "attention":
         # What is kept stays on the device with --offload_activations, too; torch warns that this may change one day.
         warnings.filterwarnings("ignore", message="A saved_tensors_hooks context")
         keep = functools.partial(create_selective_checkpoint_contexts, keep_attention)
-        policy = {"context_fn": keep} if args.checkpoint_policy == "attention" else {}
-        transformer.enable_gradient_checkpointing(functools.partial(recompute, **policy))
-    torch._dynamo.config.recompile_limit = 64  # sizes of clips; each is compiled for training and for sampling
+        transformer.enable_gradient_checkpointing(functools.partial(recompute, context_fn=keep))
+    elif args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing(recompute)
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # sizes of clips; each is compiled for training and for sampling
     for block in transformer.transformer_blocks:
         block.__class__, block.recompute = CogVideoXBlock, recompute
         block.num_parts = 4 if args.offload_activations and not args.compile else 1
@@ -1217,6 +1220,8 @@ def check_model(args: Namespace, transformer_config: dict, vae_config: dict) -> 
         if size != nearest and (is_fixed or patch_size_t):  # its table of positions has this size
             works = f"works {'at' if is_fixed else 'up to'} {own[0]} x {own[1]}"
             raise RunError(f"{model} {works}: --height {nearest[0]} --width {nearest[1]}, not {size[0]} x {size[1]}")
+    if args.lora_target_modules != LORA_TARGETS:  # these every CogVideoX has
+        check_layers(args, config)
     frames = frames_4k_plus_1(args.max_num_frames)
     if frames != args.max_num_frames:
         logger.warning(f"--max_num_frames {args.max_num_frames} is not 4k+1: {frames} frames are used.")
@@ -2027,7 +2032,8 @@ def train(run: Run, loader: DataLoader, sampler: ShapeBatchSampler) -> None:
     args, accelerator, transformer = run.args, run.accelerator, run.transformer
     progress = progress_bar(total=run.max_train_steps, initial=run.step, desc="Training", unit="step")
     loss_sum, num_micro_batches, before_step, started = 0.0, 0, None, time.perf_counter()
-    saved_on_host = torch.autograd.graph.save_on_cpu(pin_memory=accelerator.device.type == "cuda")
+    on_host = torch.autograd.graph.save_on_cpu(pin_memory=accelerator.device.type == "cuda")
+    saving = on_host if args.offload_activations else contextlib.nullcontext()
     transformer.train()
     while run.step < run.max_train_steps:
         sampler.epoch, sampler.first_batch = run.epoch, run.batch
@@ -2036,7 +2042,7 @@ def train(run: Run, loader: DataLoader, sampler: ShapeBatchSampler) -> None:
             try:
                 with accelerator.accumulate(transformer):
                     latents, conditions = prepare_batch(batch, run.base.config, run.vae_config, args)
-                    with saved_on_host if args.offload_activations else contextlib.nullcontext():
+                    with saving:
                         loss = diffusion_loss(transformer, run.noise_scheduler, latents, conditions)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
@@ -2114,8 +2120,6 @@ def main(args: Namespace) -> None:
     check_args(args)
     transformer_config, vae_config = read_config(args, "transformer")[0], read_config(args, "vae")[0]
     check_model(args, transformer_config, vae_config)
-    if args.lora_target_modules != LORA_TARGETS:  # these every CogVideoX has
-        check_layers(args, transformer_config)
     dataset = VideoDataset(**{name: getattr(args, name) for name in inspect.signature(VideoDataset).parameters})
     accelerator, engine = get_accelerator(args)
     settings = {name: getattr(args, name) for name in SETTINGS} | {

@@ -48,8 +48,8 @@ GPUS = {  # memory in GiB; published bandwidth in bytes and operations in half p
 }  # fmt: skip
 CUDA_CONTEXT = 0.6  # GiB that CUDA and its libraries take for themselves
 CHEAPEST_FIRST = [  # what saves memory in training, the cheapest first; each with those before it
-    {"train_batch_size": 1}, {"gradient_checkpointing": True}, {"checkpoint_policy": "full"}, {"use_8bit_adam": True},
-    {"offload_activations": True}, {"quantize_base": "int8"}, {"quantize_base": "nf4"}, {"rank": 64}, {"rank": 16},
+    ("train_batch_size", 1), ("gradient_checkpointing", True), ("checkpoint_policy", "full"), ("use_8bit_adam", True),
+    ("offload_activations", True), ("quantize_base", "int8"), ("quantize_base", "nf4"), ("rank", 64), ("rank", 16),
 ]  # fmt: skip
 
 
@@ -148,12 +148,18 @@ class HostMemory:
         return self.hooks.__exit__(*error)
 
 
+def on_meta(make: Callable, dtype: torch.dtype) -> torch.nn.Module:
+    """The model that `make` makes, without values."""
+    with torch.device("meta"):
+        model = make()
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
+    return model.eval()
+
+
 def build_transformer(config: dict, dtype: torch.dtype, quantization_config=None) -> CogVideoXTransformer3DModel:
     """A transformer without values. Its layers are quantized as diffusers and bitsandbytes do it."""
-    with torch.device("meta"):
-        transformer = CogVideoXTransformer3DModel.from_config(config)
-    for tensor in itertools.chain(transformer.parameters(), transformer.buffers()):
-        tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
+    transformer = on_meta(lambda: CogVideoXTransformer3DModel.from_config(config), dtype)
     if quantization_config is not None:
         replace_with_bnb_linear(transformer, [], quantization_config=quantization_config)
         for layer in transformer.modules():
@@ -248,20 +254,13 @@ def count(models: list[torch.nn.Module], function: Callable) -> Cost:
     return counter.cost
 
 
-def without_values(config_class, model_class, config: dict, dtype: torch.dtype) -> torch.nn.Module:
-    """A model on the meta device, from its config."""
-    with torch.device("meta"):
-        model = model_class(config_class(**config)) if config_class else model_class.from_config(config)
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
-    return model.eval()
-
-
-def sampling_cost(script: ModuleType, args: Namespace, vae: torch.nn.Module, training: Cost, limit: float) -> Cost:
+def sampling_cost(
+    script: ModuleType, args: Namespace, configs: dict, vae: torch.nn.Module, training: Cost, limit: float
+) -> Cost:
     """Of a validation video: --num_inference_steps calls of the transformer, each with and without the prompt
     (classifier-free guidance), and the decoding, in tiles if it would take more than `limit` bytes. What training
     holds stays on the device."""
-    config, vae_config = (script.read_config(args, name)[0] for name in ("transformer", "vae"))
+    config, vae_config = configs["transformer"], configs["vae"]
     scale, dtype = script.pixels_per_latent(vae_config), vae.dtype
     new = functools.partial(torch.zeros, dtype=dtype, device="meta")
     frames = (script.frames_4k_plus_1(args.max_num_frames) - 1) // 4 + 1
@@ -292,39 +291,38 @@ def sampling_cost(script: ModuleType, args: Namespace, vae: torch.nn.Module, tra
 
 
 def stages(
-    script: ModuleType, args: Namespace, shapes: list[tuple], dtype: torch.dtype, limit: float = math.inf
+    script: ModuleType, args: Namespace, configs: dict, shape: tuple, dtype: torch.dtype, limit: float = math.inf
 ) -> tuple[dict[str, Cost], int]:
-    """The cost of encoding a prompt and a clip, of a training step and of sampling a video, by name, for the largest
-    of `shapes`, (f, h, w) of the encoded clips; and the number of trained parameters."""
-    transformer_config, vae_config = (script.read_config(args, name)[0] for name in ("transformer", "vae"))
-    text_config = script.read_config(args, "text_encoder")[0]
-    text_encoder = without_values(T5Config, T5EncoderModel, text_config, dtype)
+    """The cost of encoding a prompt and a clip, of a training step and of sampling a video, by name, for clips
+    that are encoded to `shape` (f, h, w); and the number of trained parameters."""
+    transformer_config, vae_config = configs["transformer"], configs["vae"]
+    text_encoder = on_meta(lambda: T5EncoderModel(T5Config(**configs["text_encoder"])), dtype)
     tokens = torch.zeros(1, transformer_config["max_text_seq_length"], dtype=torch.int64, device="meta")
     costs = {"encoding a prompt": count([text_encoder], lambda: text_encoder(tokens))}
-    vae = without_values(None, AutoencoderKLCogVideoX, vae_config, dtype)
+    vae = on_meta(lambda: AutoencoderKLCogVideoX.from_config(vae_config), dtype)
     vae.use_slicing, vae.use_tiling = args.enable_slicing, args.enable_tiling
-    scale, (frames, height, width) = script.pixels_per_latent(vae_config), max(shapes, key=math.prod)
+    scale, (frames, height, width) = script.pixels_per_latent(vae_config), shape
     video = torch.zeros(4 * frames - 3, 3, scale * height, scale * width, dtype=dtype, device="meta")  # [F, C, H, W]
     costs["encoding a clip"] = count([vae], lambda: script.encode_video(vae, video))
-    cost, num_parameters = training_cost(script, args, transformer_config, vae_config, (frames, height, width), dtype)
+    cost, num_parameters = training_cost(script, args, transformer_config, vae_config, shape, dtype)
     costs["a training step"] = cost
     if args.validation_prompt:
-        costs["sampling a video"] = sampling_cost(script, args, vae, cost, limit)
+        costs["sampling a video"] = sampling_cost(script, args, configs, vae, cost, limit)
     return costs, num_parameters
 
 
-def what_fits(script: ModuleType, args: Namespace, shape: tuple, dtype: torch.dtype, limit: float) -> str:
+def what_fits(
+    script: ModuleType, args: Namespace, configs: dict, shape: tuple, dtype: torch.dtype, limit: float
+) -> str:
     """The flags, the cheapest first, with which a training step takes at most `limit` GiB."""
-    configs = [script.read_config(args, name)[0] for name in ("transformer", "vae")]
     changed, flags = Namespace(**vars(args)), []
-    for change in CHEAPEST_FIRST:
-        ((name, value),) = change.items()
+    for name, value in CHEAPEST_FIRST:
         if getattr(changed, name) == value or (name == "rank" and changed.rank < value):
             continue
         setattr(changed, name, value)
         flags = [flag for flag in flags if not flag.startswith(f"--{name}")]
         flags.append(f"--{name}" if value is True else f"--{name} {value}")
-        peak = training_cost(script, changed, *configs, shape, dtype)[0].peak / GIB
+        peak = training_cost(script, changed, configs["transformer"], configs["vae"], shape, dtype)[0].peak / GIB
         if peak <= limit:
             return f"a training step fits with {' '.join(flags)}: {peak:.1f} GiB"
     return f"no flag makes a training step fit: {peak:.1f} GiB with {' '.join(flags)}; take fewer or smaller frames"
@@ -333,24 +331,26 @@ def what_fits(script: ModuleType, args: Namespace, shape: tuple, dtype: torch.dt
 def plan(script: ModuleType, args: Namespace, num_processes: int = 1, gpu: str | None = None) -> dict:
     """All that is printed, by name. Raises the script's RunError for flags, data or a model that cannot work."""
     script.check_args(args)
-    configs = [script.read_config(args, name)[0] for name in ("transformer", "vae")]
-    script.check_model(args, *configs)
+    configs = {name: script.read_config(args, name)[0] for name in ("transformer", "vae", "text_encoder")}
+    transformer_config, vae_config = configs["transformer"], configs["vae"]
+    script.check_model(args, transformer_config, vae_config)
     dtype = script.DTYPES[args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")]
     names = inspect.signature(script.VideoDataset).parameters
     dataset = script.VideoDataset(**{name: getattr(args, name) for name in names})
-    scale, channels, shapes = script.pixels_per_latent(configs[1]), 2 * configs[1]["latent_channels"], []
+    scale, channels, shapes = script.pixels_per_latent(vae_config), 2 * vae_config["latent_channels"], []
     for index in range(len(dataset)):
         _, indices, (height, width), _ = dataset.choose(index)
         shapes.append(((len(indices) - 1) // 4 + 1, height // scale, width // scale))
-    has_image, flips = configs[0]["in_channels"] > channels // 2, 2 if args.random_flip else 1
+    has_image, flips = transformer_config["in_channels"] > channels // 2, 2 if args.random_flip else 1
     sizes = [channels * flips * (f + has_image) * h * w * dtype.itemsize for f, h, w in shapes]
-    prompt = configs[0]["max_text_seq_length"] * configs[0]["text_embed_dim"] * dtype.itemsize
+    prompt = transformer_config["max_text_seq_length"] * transformer_config["text_embed_dim"] * dtype.itemsize
     trained = dict(list(enumerate(shapes))[args.eval_split :])  # which ones are held out is drawn by the seed
     share = (0, num_processes)
     sampler = script.ShapeBatchSampler(trained, args.train_batch_size, 0, args.random_flip, share=share)
     steps_an_epoch = math.ceil(len(sampler) / args.gradient_accumulation_steps)
     limit = GPUS[gpu][0] - CUDA_CONTEXT if gpu else math.inf
-    costs, num_parameters = stages(script, args, shapes, dtype, limit * GIB)
+    largest = max(shapes, key=math.prod)
+    costs, num_parameters = stages(script, args, configs, largest, dtype, limit * GIB)
     found = {
         "clips": {f"{4 * f - 3} x {scale * h} x {scale * w}": n for (f, h, w), n in sorted(Counter(shapes).items())},
         "steps an epoch": steps_an_epoch,
@@ -363,7 +363,7 @@ def plan(script: ModuleType, args: Namespace, num_processes: int = 1, gpu: str |
     if gpu:
         found["fit"] = {stage: cost.peak / GIB <= limit for stage, cost in costs.items()}
         if not found["fit"]["a training step"]:
-            found["advice"] = what_fits(script, args, max(shapes, key=math.prod), dtype, limit)
+            found["advice"] = what_fits(script, args, configs, largest, dtype, limit)
     return found
 
 
