@@ -18,7 +18,6 @@ TRANSFORMERS = {
     "1.5-5b": VERSION_1_5,
     "1.5-5b-i2v": VERSION_1_5 | {"in_channels": 32, "ofs_embed_dim": 512},
 }
-SHAPES = {"1.5-5b": (81, 768, 1360), "1.5-5b-i2v": (81, 768, 1360)}  # of a clip; the others': 49 x 480 x 720
 VAE = {
     "_class_name": "AutoencoderKLCogVideoX", "latent_channels": 16, "layers_per_block": 3, "sample_height": 480,
     "sample_width": 720, "block_out_channels": [128, 256, 256, 512], "scaling_factor": 0.7,
@@ -28,6 +27,21 @@ TEXT_ENCODER = {
     "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
     "feed_forward_proj": "gated-gelu",
 }  # fmt: skip
+
+
+def clip_size(name: str) -> tuple[int, int, int]:
+    """Frames, height and width that the model is made for."""
+    return (81, 768, 1360) if name.startswith("1.5") else (49, 480, 720)
+
+
+def latent_shape(frames: int, height: int, width: int) -> tuple[int, int, int]:
+    """Latent frames, height and width of a clip."""
+    return (frames - 1) // 4 + 1, height // 8, width // 8
+
+
+def dtype_name(name: str) -> str:
+    """That of the published weights, as torch calls it."""
+    return "float16" if name == "2b" else "bfloat16"
 
 
 def transformer_config(name: str) -> dict:

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from statistics import median
 
+import models
 from host_memory import ROOT, SCRIPTS
 
 FIRST, LAST = 20, 120  # the measurement is between these steps
@@ -63,7 +64,7 @@ def measure(kind: str, processes: int, rank: int, model: Path, folder: Path) -> 
     return {"seconds": median(seconds), "sent": sent, "gradients": 4 * parameters}
 
 
-SIZES = {"2B": {"num_attention_heads": 30, "num_layers": 30}, "5B": {"num_attention_heads": 48, "num_layers": 42}}
+SIZES = {name: models.transformer_config(name.lower()) for name in ("2B", "5B")}
 TOKENS = 226 + 13 * 30 * 45  # of a prompt and of a clip of 49 x 480 x 720
 FLOPS = 4e14  # per second and GPU: an H100 in bf16 at 40 % of its peak
 LINKS = {  # number of GPUs, and bytes per second of an all-reduce over the slowest link between them, one way
@@ -91,7 +92,7 @@ def on_paper() -> None:
     for name, size in SIZES.items():
         for rank in (64, 128):
             with torch.device("meta"):
-                transformer = CogVideoXTransformer3DModel(**size, use_rotary_positional_embeddings=name == "5B")
+                transformer = CogVideoXTransformer3DModel.from_config(size)
                 base = 2 * sum(weight.numel() for weight in transformer.parameters())
                 trainable = script.add_lora(transformer.requires_grad_(False), rank, rank)
             gradients = 4 * sum(weight.numel() for weight in trainable)

@@ -53,15 +53,14 @@ def config_of(name: str) -> dict:
 
 def clip_of(name: str) -> tuple[int, int, int]:
     """Latent frames, height and width."""
-    frames, height, width = (9, 64, 96) if name == "tiny" else models.SHAPES.get(name, (49, 480, 720))
-    return (frames - 1) // 4 + 1, height // 8, width // 8
+    return models.latent_shape(*((9, 64, 96) if name == "tiny" else models.clip_size(name)))
 
 
 def dtype_of(name: str):
     """That of the published weights; fp32 for the tiny model, as CPUs are slow in half precision."""
     import torch
 
-    return {"tiny": torch.float32, "2b": torch.float16}.get(name, torch.bfloat16)
+    return torch.float32 if name == "tiny" else getattr(torch, models.dtype_name(name))
 
 
 def script_args(name: str, setting: str, rank: int, folder: str):

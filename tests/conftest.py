@@ -27,7 +27,7 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("", "tests", "tools", "benchmarks")]
 
 import pytest  # noqa: E402
 

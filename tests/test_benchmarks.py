@@ -1,16 +1,11 @@
 """benchmarks/train_step.py on its tiny model. Its times are of no meaning here."""
 
 import json
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
+import train_step
 from diffusers import CogVideoXTransformer3DModel
-
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
-
-import train_step  # noqa: E402
 
 
 def test_settings_compute_the_loss_of_diffusers_example(tmp_path):

@@ -13,15 +13,12 @@ import sys
 import time
 from pathlib import Path
 
+import models as published
 import pytest
 import tiny
+import train_step
 from conftest import ROOT
 from safetensors.torch import load_file
-
-sys.path[:0] = [str(ROOT / "benchmarks")]
-
-import models as published  # noqa: E402
-import train_step  # noqa: E402
 
 HAS_GPU = shutil.which("nvidia-smi") is not None  # the tests' own process is kept on the CPU
 pytestmark = [
@@ -59,8 +56,8 @@ def build(tmp_path_factory):
                 "    config = T5Config.from_json_file(f'{folder}/text_encoder/config.json')\n"
                 "    E(config).save_pretrained(f'{folder}/text_encoder')\n"
             )
-            dtype = "float16" if name == "2b" else "bfloat16"
-            subprocess.run([sys.executable, "-c", code, folder, dtype], check=True, env=environment())
+            words = [sys.executable, "-c", code, folder, published.dtype_name(name)]
+            subprocess.run(words, check=True, env=environment())
             made[name] = folder
         return made[name]
 
@@ -72,7 +69,7 @@ def command(build, tmp_path):
     """The command of a run of a model, on two clips of its size."""
 
     def make(name: str, more: str, launcher: tuple[str, ...] = (sys.executable,)) -> list[str]:
-        frames, height, width = published.SHAPES.get(name, (49, 480, 720))
+        frames, height, width = published.clip_size(name)
         clips = tiny.make_clips(tmp_path / "clips", count=2, num_frames=frames, height=height, width=width)
         dtype = "fp16" if name == "2b" else "bf16"
         words = (
