@@ -57,6 +57,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -71,57 +72,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-# bitsandbytes warns at import that a kernel for 4-bit models on CPUs is missing; 4-bit models are not used here.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-import decord
-import diffusers
-import numpy as np
-import safetensors.torch
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-import transformers
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
-from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import DistributedType, ProjectConfiguration, load_fsdp_optimizer, save_fsdp_optimizer, set_seed
-from accelerate.utils.dataclasses import AutocastKwargs
-from accelerate.utils.memory import clear_device_cache
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.models.embeddings import get_3d_rotary_pos_embed
-from diffusers.models.transformers import cogvideox_transformer_3d as diffusers_cogvideox
-from diffusers.optimization import get_scheduler
-from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
-from diffusers.quantizers.quantization_config import BitsAndBytesConfig
-from diffusers.training_utils import cast_training_params
-from diffusers.utils import export_to_video
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, hf_hub_download
-from huggingface_hub.utils import disable_progress_bars
-from peft import LoraConfig
-from peft.tuners.lora import Linear as PeftLinear
-from peft.tuners.lora import LoraLayer
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.transforms.functional import InterpolationMode, resize
-from tqdm.auto import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import T5EncoderModel, T5Tokenizer
 
 logger = logging.getLogger(__name__)
 
 KIND = "text-to-video"
-PIPELINE = CogVideoXPipeline
 DEFAULT_OUTPUT_DIR = "cogvideox-lora"
 TRAINERS = {"text-to-video": "train_cogvideox_lora.py", "image-to-video": "train_cogvideox_image_to_video_lora.py"}
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 LORA_FILE = "pytorch_lora_weights.safetensors"
 VIDEO_TYPES, PICTURE_TYPES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif"}, {".png", ".jpg", ".jpeg", ".webp"}
@@ -205,6 +163,17 @@ def put_in_place(partial: Path, path: Path) -> None:
 # ---- Command line ---------------------------------------------------------------------------------------------------
 
 
+class FlagHelp(argparse.RawDescriptionHelpFormatter):
+    """--help with defaults, and one letter for values that are not chosen from a list."""
+
+    def _get_help_string(self, action):
+        has_default = action.nargs != 0 and action.default is not None
+        return f"{action.help} (default: %(default)s)" if has_default else action.help
+
+    def _get_default_metavar_for_optional(self, action):
+        return "N" if action.type else "X"
+
+
 class OneMessageParser(argparse.ArgumentParser):
     """Reports all wrong values in one message. argparse would report the first, after the usage of all flags. Notes
     which flags are given."""
@@ -260,16 +229,16 @@ SEED = functools.partial(number, int, f"from 0 to {2**31 - 1}", lambda value: 0 
 
 def add_data_args(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", required=True, help="Hub id or local folder of a CogVideoX")
+    add("--pretrained_model_name_or_path", help="Hub id or local folder of a CogVideoX; required")
     add("--revision", help="Hub revision of the model")
     add("--variant", help="weight file variant, such as fp16")
     add("--cache_dir", help="where downloaded models and data sets are kept")
     add("--rank", type=COUNT, default=128, help="LoRA rank")
     add("--lora_alpha", type=POSITIVE, default=128, help="the LoRA is applied with strength alpha / rank")
     layers = f"layers that get a LoRA, named as in the model; default: {' '.join(LORA_TARGETS)}"
-    add("--lora_target_modules", nargs="+", metavar="NAME", default=LORA_TARGETS, help=layers)
+    add("--lora_target_modules", nargs="+", metavar="X", help=layers)
     add("--init_lora", help="LoRA to start from: file, folder or Hub id; rank, alpha and layers are read from it")
-    add("--mixed_precision", choices=list(DTYPES), help="compute dtype; default: what accelerate's configuration says")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="compute dtype; default: accelerate's configuration")
     add("--enable_slicing", action="store_true", help="VAE slicing: a batch is coded one video at a time")
     add("--enable_tiling", action="store_true", help="VAE tiling: large frames in overlapping tiles, less memory")
     add("--gradient_checkpointing", action="store_true", help="recompute activations: far less memory, slower")
@@ -312,12 +281,12 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
 def add_validation_args(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("validation").add_argument
     add("--validation_prompt", help="one or more prompts, joined by the separator")
-    add("--validation_prompt_separator", default=":::")
+    add("--validation_prompt_separator", default=":::", help="between prompts")
     add("--num_validation_videos", type=COUNT, default=1, help="videos a prompt")
     add("--validation_epochs", type=COUNT, default=50, help="validate every N epochs")
     add("--validation_steps", type=COUNT, help="validate every N steps instead")
     add("--num_inference_steps", type=COUNT, default=50, help="denoising steps of a validation video")
-    add("--guidance_scale", type=NOT_NEGATIVE, default=6)
+    add("--guidance_scale", type=NOT_NEGATIVE, default=6, help="strength of the prompt; 1: as in training")
     add("--use_dynamic_cfg", action="store_true", help="the pipeline's cosine guidance schedule")
 
 
@@ -325,7 +294,7 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training").add_argument
     add("--seed", type=SEED, help="makes the run repeatable")
     add("--train_batch_size", type=COUNT, default=4, help="clips a process and micro-batch")
-    add("--num_train_epochs", type=COUNT, default=1)
+    add("--num_train_epochs", type=COUNT, default=1, help="times that each clip is trained on")
     add("--max_train_steps", type=COUNT, help="optimizer steps; overrides --num_train_epochs")
     add("--gradient_accumulation_steps", type=COUNT, default=1, help="micro-batches an optimizer step")
     add("--checkpointing_steps", type=COUNT, default=500, help="optimizer steps between checkpoints")
@@ -334,27 +303,28 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     add("--nccl_timeout", type=COUNT, default=600, help="seconds that a collective of a training step may take")
 
     add = parser.add_argument_group("optimizer").add_argument
-    add("--optimizer", type=str.lower, choices=["adam", "adamw", "prodigy"], default="adam")
+    optimizers = ["adam", "adamw", "prodigy"]
+    add("--optimizer", type=str.lower, choices=optimizers, default="adam", help="what changes the LoRA's weights")
     add("--use_8bit_adam", action="store_true", help="8-bit states of bitsandbytes, for adam and adamw")
     add("--learning_rate", type=POSITIVE, default=1e-4, help="1 for prodigy, which finds its own scale")
     add("--scale_lr", action="store_true", help="learning rate times accumulation, batch size and processes")
     schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
-    add("--lr_scheduler", choices=schedules, default="constant")
+    add("--lr_scheduler", choices=schedules, default="constant", help="the learning rate over the steps")
     add("--lr_warmup_steps", type=COUNT_OR_ZERO, default=500, help="optimizer steps")
     add("--lr_num_cycles", type=COUNT, default=1, help="cycles of cosine_with_restarts")
     add("--lr_power", type=POSITIVE, default=1.0, help="exponent of polynomial")
-    add("--adam_beta1", type=BETA, default=0.9)
-    add("--adam_beta2", type=BETA, default=0.95)
-    add("--adam_weight_decay", type=NOT_NEGATIVE, default=1e-4)
-    add("--adam_epsilon", type=POSITIVE, default=1e-8)
+    add("--adam_beta1", type=BETA, default=0.9, help="decay of the mean of the gradients")
+    add("--adam_beta2", type=BETA, default=0.95, help="decay of the mean of their squares")
+    add("--adam_weight_decay", type=NOT_NEGATIVE, default=1e-4, help="also of prodigy, as are the betas")
+    add("--adam_epsilon", type=POSITIVE, default=1e-8, help="added to the divisor of a step")
     add("--max_grad_norm", type=POSITIVE, default=1.0, help="gradients are clipped to this norm")
     add("--prodigy_beta3", type=BETA, help="default: square root of beta2")
     add("--prodigy_decouple", action="store_true", help="weight decay decoupled, as in AdamW")
-    add("--prodigy_use_bias_correction", action="store_true")
-    add("--prodigy_safeguard_warmup", action="store_true")
+    add("--prodigy_use_bias_correction", action="store_true", help="Adam's correction of its first steps")
+    add("--prodigy_safeguard_warmup", action="store_true", help="keep the warm-up out of its estimate")
 
     add = parser.add_argument_group("output").add_argument
-    add("--output_dir", default=DEFAULT_OUTPUT_DIR)
+    add("--output_dir", default=DEFAULT_OUTPUT_DIR, help="for the LoRA, its card, checkpoints and videos")
     add("--logging_dir", default="logs", help="for the trackers' files, under the output dir")
     add("--report_to", choices=["tensorboard", "wandb", "comet_ml", "all"], help="default: no tracker")
     add("--tracker_name", help=f"project name at the tracker; default: {DEFAULT_OUTPUT_DIR}")
@@ -375,7 +345,9 @@ def open_lora(source: str) -> tuple[Path, dict]:
     strength 1. Raises RunError."""
     path = Path(source, LORA_FILE) if Path(source).is_dir() else Path(source)
     with explain(f"--init_lora {source} is no LoRA in diffusers' format: a file, a folder or a Hub id"):
-        path = path if path.is_file() else Path(hf_hub_download(source, LORA_FILE))
+        if not path.is_file():
+            from huggingface_hub import hf_hub_download  # an import of half a second
+            path = Path(hf_hub_download(source, LORA_FILE))
         with safe_open(path, framework="pt") as file:
             config = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
             ranks = {name: file.get_slice(name).get_shape()[0] for name in file.keys() if "lora_A.weight" in name}
@@ -387,12 +359,20 @@ def open_lora(source: str) -> tuple[Path, dict]:
 
 def get_args(argv: list[str] | None = None) -> Namespace:
     """Parse `argv`, or the process's command line. The token is blanked in `sys.argv`, which trackers record."""
-    parser = OneMessageParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    usage = "%(prog)s --pretrained_model_name_or_path X --instance_data_root X [flags as below]"
+    about = __doc__.split("The objective")[0]
+    parser = OneMessageParser(usage=usage, description=about, formatter_class=FlagHelp)
     for add_group in (add_data_args, add_validation_args, add_training_args):
         add_group(parser)
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        nearest = [difflib.get_close_matches(word, parser._option_string_actions, 1) for word in unknown]
+        hint = f" (did you mean {' '.join(sum(nearest, []))}?)" if any(nearest) else ""
+        parser.problems.append(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    if args.pretrained_model_name_or_path is None:
+        parser.problems.append("--pretrained_model_name_or_path is missing")
     own = {"rank": args.rank, "lora_alpha": args.lora_alpha}
-    own["lora_target_modules"] = layer_names(args.lora_target_modules)
+    own["lora_target_modules"] = layer_names(args.lora_target_modules or LORA_TARGETS)
     try:
         lora = open_lora(args.init_lora)[1] if args.init_lora else own
     except RunError as error:
@@ -441,6 +421,56 @@ def check_args(args: Namespace) -> None:
 def precompute_folder(args: Namespace) -> Path:
     """Where encoded prompts and videos are kept between runs."""
     return Path(args.precompute_dir or Path(args.instance_data_root or args.output_dir, ".cogvideox_precomputed"))
+
+
+# The command line is read before the libraries are imported, which takes 7 to 14 seconds: --help and wrong flags are
+# answered at once.
+ARGS = get_args() if __name__ == "__main__" else None
+
+# bitsandbytes warns at import that a kernel for 4-bit models on CPUs is missing; 4-bit models are not used here.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+import decord
+import diffusers
+import numpy as np
+import safetensors.torch
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import DistributedType, ProjectConfiguration, load_fsdp_optimizer, save_fsdp_optimizer, set_seed
+from accelerate.utils.dataclasses import AutocastKwargs
+from accelerate.utils.memory import clear_device_cache
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from diffusers.models.transformers import cogvideox_transformer_3d as diffusers_cogvideox
+from diffusers.optimization import get_scheduler
+from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+from diffusers.quantizers.quantization_config import BitsAndBytesConfig
+from diffusers.training_utils import cast_training_params
+from diffusers.utils import export_to_video
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
+from huggingface_hub.utils import disable_progress_bars
+from peft import LoraConfig
+from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms.functional import InterpolationMode, resize
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers import T5EncoderModel, T5Tokenizer
+
+PIPELINE = CogVideoXPipeline
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 # ---- Data -----------------------------------------------------------------------------------------------------------
@@ -678,6 +708,30 @@ class VideoDataset(Dataset):
 def is_first_process() -> bool:
     """Before accelerate is set up, and for the log."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def write_row(path: Path, row: dict) -> None:
+    """Add a line of JSON, with the peak of device memory in bytes since the last such line (on the CPU: of host memory
+    in all)."""
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # JSON has no NaN or Infinity: they become null, which every reader takes.
+    row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} | {"memory": peak}
+    with attempt(f"Writing {path.name}"), path.open("a") as file:
+        file.write(f"{json.dumps(row)}\n")
+
+
+@contextlib.contextmanager
+def stage(args: Namespace, name: str, step: int = 0) -> Iterator[None]:
+    """A part of the run whose duration is noted in stages.jsonl."""
+    started = time.perf_counter()
+    yield
+    if is_first_process():
+        row = {"step": step, "stage": name, "seconds": round(time.perf_counter() - started, 3)}
+        write_row(Path(args.output_dir, "stages.jsonl"), row)
 
 
 class ProgressLog(tqdm):
@@ -1680,9 +1734,10 @@ def find_checkpoint(args: Namespace, settings: dict) -> Path | None:
     return None
 
 
-def make_output_folders(args: Namespace, checkpoint: Path | None) -> None:
-    """Make the folders that the run writes to. Remove what an earlier run left half-written there, and the lines of
-    metrics.jsonl after the `checkpoint` that is resumed. Raises RunError."""
+def make_output_folders(args: Namespace, checkpoint: Path | None, settings: dict) -> None:
+    """Make the folders that the run writes to, its log file, and run.json: what it was started with. Remove what an
+    earlier run left half-written there, and the lines of metrics.jsonl after the `checkpoint` that is resumed. Raises
+    RunError."""
     output_dir, metrics = Path(args.output_dir), Path(args.output_dir) / "metrics.jsonl"
     with explain("--output_dir or --precompute_dir cannot be written", OSError):
         for folder in (output_dir / args.logging_dir, precompute_folder(args)):
@@ -1693,6 +1748,11 @@ def make_output_folders(args: Namespace, checkpoint: Path | None) -> None:
         rows = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
         kept = [row for row in rows if row["step"] <= read_training_state(checkpoint)["state"]["step"]]
         metrics.write_text("".join(f"{json.dumps(row)}\n" for row in kept))
+        shown = {"kind": KIND, "command": shlex.join(sys.argv), "args": vars(args) | {"hub_token": None}}
+        (output_dir / "run.json").write_text(json.dumps(shown | {"settings": settings}, indent=1))
+        log_file = logging.FileHandler(output_dir / "train.log")
+    log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.handlers = [log_file]
 
 
 def resume(run: Run, folder: Path) -> None:
@@ -1733,10 +1793,7 @@ def log_metrics(run: Run, metrics: dict, scalars: dict) -> None:
     """Write `metrics` of the last step as a line of metrics.jsonl, and `scalars` to the trackers."""
     if not run.accelerator.is_main_process:
         return
-    # JSON has no NaN or Infinity: they become null, which every reader takes.
-    row = {"step": run.step} | {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-    with attempt("Writing metrics.jsonl"), Path(run.args.output_dir, "metrics.jsonl").open("a") as file:
-        file.write(f"{json.dumps(row)}\n")
+    write_row(Path(run.args.output_dir, "metrics.jsonl"), {"step": run.step} | metrics)
     with attempt("Logging to the trackers"):
         run.accelerator.log(scalars, step=run.step)
 
@@ -1830,7 +1887,7 @@ def run_validation(run: Run, is_final: bool = False) -> list[tuple[str, Path]]:
     run.base.eval()
     if run.latents.held_out:
         log_held_out_loss(run)
-    with attempt("Validation"):
+    with attempt("Validation"), stage(args, "sampling", run.step) if share else contextlib.nullcontext():
         vae = load_vae(args, DTYPES[accelerator.mixed_precision]).to(accelerator.device) if share else None
         if vae and free_memory(accelerator.device) < 50_000 * args.height * args.width:  # what it takes untiled
             vae.enable_tiling(*SMALL_TILES)
@@ -2006,7 +2063,8 @@ def train(run: Run, loader: DataLoader, sampler: ShapeBatchSampler) -> None:
 
             is_last = run.step >= run.max_train_steps
             if run.step % args.checkpointing_steps == 0 or stop or is_last:
-                save_checkpoint(run)
+                with stage(args, "saving", run.step):
+                    save_checkpoint(run)
             if stop:
                 number = signal.Signals(run.stop.number or signal.SIGTERM)  # none: another process got it
                 raise RunError(f"stopped by {number.name} after step {run.step}. {RESUME_HINT}", 128 + number)
@@ -2059,19 +2117,20 @@ def main(args: Namespace) -> None:
     settings = json.loads(json.dumps(settings))  # as a checkpoint has them
     checkpoint = in_first(find_checkpoint, args, settings)
     repo_id = in_first(check_hub_access, args)
-    in_first(make_output_folders, args, checkpoint)
+    in_first(make_output_folders, args, checkpoint, settings)
     in_first(start_trackers, args, accelerator)
     if args.allow_tf32:
         torch.set_float32_matmul_precision("high")
-    seed = gather(random.SystemRandom().getrandbits(31) if args.seed is None else args.seed)[0]
-    if checkpoint is not None:
-        seed = read_training_state(checkpoint)["state"]["seed"]
+    seed = random.SystemRandom().getrandbits(31) if args.seed is None else args.seed
+    seed = gather(read_training_state(checkpoint)["state"]["seed"] if checkpoint else seed)[0]
 
     # Each encoder is alone on the device, and freed before the transformer is loaded.
     captions = [dataset.prompt(index) for index in range(len(dataset))]
     prompts = [*captions, *(run_input["prompt"] for run_input in validation_inputs(args)), ""]
-    prompt_files = precompute_prompts(args, accelerator, prompts, transformer_config["max_text_seq_length"])
-    video_files = precompute_videos(args, accelerator, dataset)
+    with stage(args, "encoding prompts"):
+        prompt_files = precompute_prompts(args, accelerator, prompts, transformer_config["max_text_seq_length"])
+    with stage(args, "encoding videos"):
+        video_files = precompute_videos(args, accelerator, dataset)
     clips = zip(video_files, map(prompt_files.get, captions), [record.path for record in dataset.records], strict=True)
     folders = "--output_dir and --precompute_dir must be folders that all machines share"
     with shared_work(), explain(folders, OSError):
@@ -2104,10 +2163,11 @@ def main(args: Namespace) -> None:
     logger.info(f"LoRA: {num_trainable:,} parameters of rank {args.rank}, applied at {args.lora_alpha / args.rank:g}")
     try:
         with run.stop.installed():
+            if run.step == 0:
+                run_validation(run)  # of the base model, to compare with
             train(run, loader, sampler)
         in_first(save_lora, run.base, Path(args.output_dir), lora_weights(run.base))
-        lora = Path(args.output_dir, LORA_FILE)
-        logger.info(f"LoRA: {lora}. To use it: pipe.load_lora_weights({args.output_dir!r})")
+        logger.info(f"LoRA: {args.output_dir}/{LORA_FILE}. To use it: pipe.load_lora_weights({args.output_dir!r})")
         in_first(publish, run, run_validation(run, is_final=True), repo_id)
     finally:
         for tracker in accelerator.trackers:
@@ -2120,7 +2180,7 @@ def command_line() -> None:
     """Run as a script: a problem with a name ends in one message a machine, and its exit code."""
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # ends child processes too
     set_up_logging()
-    args, problem = get_args(), None
+    args, problem = ARGS or get_args(), None
     try:
         with logging_redirect_tqdm():
             main(args)
@@ -2137,6 +2197,9 @@ def command_line() -> None:
             raise
         what = f"another process of this run was lost, or did not start ({str(error).splitlines()[0]})"
         problem = RunError(f"{what}. {RESUME_HINT}", exit_code=5)
+    if problem and logger.handlers:
+        logger.propagate = False  # into the log file alone
+        logger.error(problem)
     if problem and (problem.exit_code == 5 or os.environ.get("LOCAL_RANK", "0") == "0"):
         kind = "" if problem.exit_code > 128 else "error: "
         print(f"{Path(sys.argv[0]).name}: {kind}{problem}", file=sys.stderr, flush=True)
