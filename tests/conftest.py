@@ -145,12 +145,15 @@ def reset_accelerate() -> None:
 
 @pytest.fixture(autouse=True)
 def fresh_process_state(tmp_path, monkeypatch):
-    """What a new process would start with: accelerate's singletons, a working folder, Python's signal handlers."""
+    """What a new process would start with: accelerate's singletons, a working folder, handlers of signals and logs."""
     monkeypatch.chdir(tmp_path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    for name in SCRIPTS:  # the log file of a run
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
     reset_accelerate()
 
 

@@ -56,7 +56,7 @@ def test_all_wrong_values_come_in_one_message(fail):
     said = fail(**{name: value for name, (value, _) in NUMBERS.items()}, pretrained_model_name_or_path=None)
     for _, message in NUMBERS.values():
         assert message in said
-    assert "the following arguments are required: --pretrained_model_name_or_path" in said
+    assert "--pretrained_model_name_or_path is missing" in said
 
 
 @pytest.mark.parametrize("name", ["rank", "optimizer"])

@@ -147,8 +147,8 @@ def test_each_prompt_is_sampled_from_its_own_image(script, run, start_images, mo
     sample = script.PIPELINE.__call__
     monkeypatch.setattr(script.PIPELINE, "__call__", lambda *a, **k: asked.append(k["image"]) or sample(*a, **k))
     run(validation_prompt="one:::two", num_inference_steps=1)
-    assert len(asked) == 2
-    for image, path in zip(asked, start_images, strict=False):
+    assert len(asked) == 4  # before the first step, and at the end
+    for image, path in zip(asked, [*start_images[:2], *start_images[:2]], strict=True):
         assert np.array_equal(np.asarray(image), np.asarray(Image.open(path)))
 
 
@@ -192,7 +192,7 @@ def test_start_images_are_opened_once(run, start_images, monkeypatch, tmp_path):
     monkeypatch.setattr(T5EncoderModel, "forward", remove_first)
     ask = {"validation_prompt": "a red square", "validation_images": image, "validation_steps": 1}
     output = run(**ask, num_inference_steps=1, precompute_dir=tmp_path / "pre")
-    assert len(list((output / "validation").iterdir())) == 2 and not image.exists()
+    assert len(list((output / "validation").iterdir())) == 3 and not image.exists()
 
 
 CAPTION = "a white square moves right"

@@ -2,6 +2,7 @@
 
 import json
 
+import huggingface_hub
 import pytest
 import tiny
 import torch
@@ -120,13 +121,13 @@ def test_held_out_clips_are_not_trained_on_and_their_loss_is_logged(
     output = run(**two_lengths, eval_split=2, learning_rate=1e-2, **steps)
     held_out = made[0].held_out
     assert len(held_out) == 2 and sorted(len(made[0].shapes[i]) and made[0].shapes[i][1] for i in held_out) == [2, 3]
-    assert items.count(held_out[0]) == items.count(held_out[1]) == 2  # at the first epoch's end, and at the end
+    assert items.count(held_out[0]) == items.count(held_out[1]) == 3  # before the first step and after each epoch
     assert {index: items.count(index) for index in range(9) if index not in held_out} == dict.fromkeys(
         set(range(9)) - set(held_out), 2
     )
     rows = all_rows(output)
     losses = {row["step"]: row["validation/loss"] for row in rows if "validation/loss" in row}
-    assert list(losses) == [7, 14] and losses[7] != losses[14]
+    assert list(losses) == [0, 7, 14] and len(set(losses.values())) == 3
     assert f"Loss of 2 held-out clips at step 14: {losses[14]:.4f}" in caplog.text
     by_hand = []
     for index in held_out:
@@ -140,9 +141,9 @@ def test_the_split_costs_nothing_and_changes_no_training_number(script, run, two
     source = two_lengths | {"eval_split": 3}
     often = run(**source, max_train_steps=4, validation_steps=1)
     once = run(**source, max_train_steps=4)
-    assert [row for row in all_rows(once)][-1].keys() == {"step", "validation/loss"}
+    assert [row for row in all_rows(once)][-1].keys() == {"step", "validation/loss", "memory"}
     assert same_tensors(*(load_file(output / script.LORA_FILE) for output in (often, once)))
-    assert all_rows(often)[-1] == all_rows(once)[-1]
+    assert all_rows(often)[-1]["validation/loss"] == all_rows(once)[-1]["validation/loss"]
     without = all_rows(run(**source | {"eval_split": 0}, max_train_steps=2))
     assert not any("validation/loss" in row for row in without)
 
@@ -208,7 +209,7 @@ def test_a_lora_without_metadata_has_strength_1(script, run, flags, tmp_path):
 
 def test_a_lora_on_the_hub(script, run, flags, monkeypatch):
     output = run(rank=4, lora_alpha=2)
-    monkeypatch.setattr(script, "hf_hub_download", lambda repo, name: {"me/lora": output}[repo] / name)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name: {"me/lora": output}[repo] / name)
     args = script.get_args(flags(init_lora="me/lora", rank=None, lora_alpha=None))
     assert (args.rank, args.lora_alpha, args.lora_target_modules) == (4, 2, FOUR)
 
@@ -270,4 +271,5 @@ def test_resuming_with_other_layers_is_refused(script, run):
 
 
 def test_rows_of_the_training_are_as_before(run):
-    assert [row.keys() for row in read_metrics(run())] == [{"step", "loss", "lr", "grad_norm", "seconds"}] * 2
+    names = {"step", "loss", "lr", "grad_norm", "seconds", "memory"}
+    assert [row.keys() for row in read_metrics(run())] == [names] * 2

@@ -1,5 +1,6 @@
 """The log of a run, on a terminal and in a file, and its last lines."""
 
+import json
 import os
 import pty
 import re
@@ -96,3 +97,26 @@ def test_files_are_open_to_who_may_read_new_files(run, clips):
     written = [output, clips / ".cogvideox_precomputed"]
     files = [path for folder in written for path in folder.rglob("*.safetensors")]
     assert len(files) >= 2 + 8 and {path.stat().st_mode & 0o777 for path in files} == {0o640}
+
+
+def test_what_a_run_leaves_for_its_report(launch, clips, tmp_path):
+    """Its settings, how long each stage took, and its log, with the message that it ended with."""
+    settings = {"instance_data_root": clips, "max_train_steps": 2, "hub_token": "hf_secret"} | ASK
+    (clips / "videos" / "00.mp4").write_bytes(b"no video")
+    child = launch(**settings)
+    assert child.wait() == 2
+    output = tmp_path / "output"
+    assert f"1 of 4 videos cannot be decoded:\n  - {clips / 'videos/00.mp4'}" in (output / "train.log").read_text()
+    assert launch(**settings, skip_bad_videos=True).wait() == 0
+    stages = [json.loads(line) for line in (output / "stages.jsonl").read_text().splitlines()]
+    encoding = [(0, "encoding prompts"), (0, "encoding videos")]
+    assert [(row["step"], row["stage"]) for row in stages] == [
+        (0, "encoding prompts"), *encoding, (0, "sampling"), (2, "saving"), (2, "sampling")
+    ]  # fmt: skip
+    assert all(0 <= row["seconds"] < 60 and 1e8 < row["memory"] < 1e10 for row in stages)
+    run = json.loads((output / "run.json").read_text())
+    assert run["kind"] == "text-to-video" and run["args"]["rank"] == run["settings"]["rank"] == 4
+    assert run["args"]["validation_prompt"] == ASK["validation_prompt"] and run["settings"]["engine"] == "replicated"
+    assert " --max_train_steps 2 " in run["command"] and "hf_secret" not in (output / "run.json").read_text()
+    log = (output / "train.log").read_text()
+    assert " WARNING 1 of 4 videos cannot be decoded" in log and " INFO Saved " in log and " INFO Done. " in log

@@ -221,7 +221,7 @@ def test_waiting_for_a_process_that_encodes_has_no_timeout(launch, tmp_path):
 def test_waiting_for_a_process_that_samples_has_no_timeout(launch, tmp_path):
     ask = {"validation_prompt": "a red square:::a blue square", "num_inference_steps": 1, "nccl_timeout": 3}
     finish(launch(2, prepare=in_rank(1, CogVideoXDPMScheduler, "step", 1, lambda: time.sleep(5)), **TWO | ask))
-    assert len(list((tmp_path / "output" / "validation").iterdir())) == 2
+    assert len(list((tmp_path / "output" / "validation").iterdir())) == 4
 
 
 def test_validation_is_shared_out_and_complete(run, launch):
@@ -231,7 +231,7 @@ def test_validation_is_shared_out_and_complete(run, launch):
     prompts = "a red square:::a blue square:::a green square"
     ask = {"validation_prompt": prompts, "num_inference_steps": 2, "num_validation_videos": 2}
     output = run(**TWO, **ask)
-    alone = {file.name: file.read_bytes() for file in (output / "validation").iterdir()}
+    alone = {file.name: file.read_bytes() for file in (output / "validation").glob("test_*")}
     for file in (*(output / "validation").iterdir(), *output.glob("final_video_*")):
         file.unlink()
     said = finish(launch(2, **TWO, **ask, resume_from_checkpoint="latest", report_to="tensorboard"))
@@ -251,8 +251,12 @@ def test_a_process_that_cannot_sample_does_not_stop_the_others(launch, tmp_path)
     ask = {"validation_prompt": "a red square:::a blue square", "num_inference_steps": 1}
     said = finish(launch(2, prepare=in_rank(0, CogVideoXDPMScheduler, "step", 1, fail), **TWO | ask))
     assert "Validation failed; training does not depend on it: MemoryError: no memory to sample" in said[0]
-    (video,) = (tmp_path / "output" / "validation").iterdir()
-    assert "prompt-1" in video.name and (tmp_path / "output" / "final_video_0.mp4").is_file()
+    names = sorted(video.name for video in (tmp_path / "output" / "validation").iterdir())
+    assert names == [  # it fails before the first step, and samples at the end
+        *(f"test_step-000004_prompt-{index}_video-0.mp4" for index in (0, 1)),
+        "validation_step-000000_prompt-1_video-0.mp4",
+    ]
+    assert (tmp_path / "output" / "final_video_0.mp4").is_file()
 
 
 # ---- a process that fails, or is lost ------------------------------------------------------------------------------

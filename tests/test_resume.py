@@ -50,7 +50,8 @@ def equal(a, b) -> bool:
 
 def same_run(script, a: Path, b: Path, last: str) -> bool:
     """LoRA, logged numbers, and all that the last checkpoint holds but the time."""
-    rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(output)] for output in (a, b)]
+    names = ("step", "loss", "lr", "grad_norm")
+    rows = [[[row[name] for name in names] for row in read_metrics(output)] for output in (a, b)]
     folders = [output / last for output in (a, b)]
     loaded = [
         {path.name: torch.load(path, weights_only=False) for path in sorted(folder.iterdir()) if path.suffix == ".bin"}

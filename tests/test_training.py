@@ -202,7 +202,7 @@ def test_nothing_waits_for_the_device_between_optimizer_steps(run, clips, monkey
 def test_metrics_file_is_the_run(run):
     rows = read_metrics(run(max_train_steps=3, gradient_accumulation_steps=2, train_batch_size=1))
     assert [row["step"] for row in rows] == [1, 2, 3]
-    assert all(row.keys() == {"step", "loss", "lr", "grad_norm", "seconds"} for row in rows)
+    assert all(row.keys() == {"step", "loss", "lr", "grad_norm", "seconds", "memory"} for row in rows)
     assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 and row["seconds"] > 0 for row in rows)
 
 

@@ -22,7 +22,8 @@ def test_videos_have_the_asked_frames_size_and_rate(run, frames):
     shape = {"fps": 12, "height": 48, "width": 80, "max_num_frames": frames}
     output = run(**ASK, **shape, num_validation_videos=2, use_dynamic_cfg=True)
     files = sorted((output / "validation").iterdir())
-    names = [f"test_step-000002_prompt-{prompt}_video-{video}.mp4" for prompt in (0, 1) for video in (0, 1)]
+    numbers = [f"prompt-{prompt}_video-{video}.mp4" for prompt in (0, 1) for video in (0, 1)]
+    names = [f"{phase}_{number}" for phase in ("test_step-000002", "validation_step-000000") for number in numbers]
     assert [file.name for file in files] == names
     for file in files:
         reader = decord.VideoReader(str(file))
@@ -34,13 +35,13 @@ def test_every_n_epochs_and_at_the_end(run):
     # 4 clips at batch size 2: 2 steps an epoch
     output = run(**ASK, max_train_steps=None, num_train_epochs=3, validation_epochs=1)
     steps = sorted({file.name.split("_prompt")[0] for file in (output / "validation").iterdir()})
-    assert steps == ["test_step-000006", "validation_step-000002", "validation_step-000004"]
+    assert steps == ["test_step-000006", *(f"validation_step-00000{step}" for step in (0, 2, 4))]
 
 
 def test_every_n_steps_in_place_of_epochs(run):
     output = run(**ASK, max_train_steps=7, validation_epochs=1, validation_steps=3)
     steps = sorted({file.name.split("_prompt")[0] for file in (output / "validation").iterdir()})
-    assert steps == ["test_step-000007", "validation_step-000003", "validation_step-000006"]
+    assert steps == ["test_step-000007", *(f"validation_step-00000{step}" for step in (0, 3, 6))]
 
 
 def sampled(script, run, monkeypatch, **changes):
@@ -69,18 +70,19 @@ def test_seed_zero_is_a_seed_and_samples_repeat(script, run, monkeypatch):
 
 @BOTH
 def test_it_is_what_the_saved_lora_gives(script, run, kind, model, start_images, monkeypatch):
-    """The final validation equals a fresh pipeline that loads the LoRA from the output folder."""
+    """The first validation equals a fresh pipeline, the final one a pipeline with the LoRA of the output folder."""
     from diffusers import CogVideoXDPMScheduler, DiffusionPipeline
     from PIL import Image
 
-    validated = sampled(script, run, monkeypatch, learning_rate=1e-2)
+    before, validated = sampled(script, run, monkeypatch, learning_rate=1e-2).split(2)
     pipe = DiffusionPipeline.from_pretrained(model)
     pipe.scheduler = CogVideoXDPMScheduler.from_config(pipe.scheduler.config)
-    pipe.load_lora_weights("output")
     size = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 2}
     ask = {"prompt": "a red square"} | ({"image": Image.open(start_images[0])} if kind == "i2v" else {})
-    expected = pipe(**ask, **size, generator=torch.Generator().manual_seed(0), output_type="np").frames
-    torch.testing.assert_close(validated[0], torch.from_numpy(expected[0]), rtol=1e-3, atol=1e-3)
+    for video in (before[0], validated[0]):
+        expected = pipe(**ask, **size, generator=torch.Generator().manual_seed(0), output_type="np").frames
+        torch.testing.assert_close(video, torch.from_numpy(expected[0]), rtol=1e-3, atol=1e-3)
+        pipe.load_lora_weights("output")
 
 
 def test_sampling_leaves_the_training_as_it_is(script, run, tmp_path):
@@ -115,9 +117,9 @@ def check_tensorboard(folder):
     scalars = {name: [event.step for event in events.Scalars(name)] for name in NAMES}
     assert scalars == dict.fromkeys(NAMES, [1, 2]) and NAMES == set(events.Tags()["scalars"])
     assert [event.value for event in events.Scalars("loss")] == [event.value for event in events.Scalars("train/loss")]
-    for tag in TAGS:  # the first and the last validation under one name, for its slider
+    for tag in TAGS:  # all validations under one name, for its slider
         images = events.Images(tag)
-        assert [image.step for image in images] == [1, 2]
+        assert [image.step for image in images] == [0, 1, 2]
         assert all((grid.width, grid.height) == (8 * 96, 2 * 64) for grid in images)  # 9 frames
 
 
@@ -148,10 +150,10 @@ def wandb_history(file) -> list[dict]:
 def check_wandb(folder, output):
     (run,) = folder.glob("offline-run-*")
     deadline = time.monotonic() + 20  # wandb's own process writes it, and may be a little behind
-    while len(rows := wandb_history(next(run.glob("run-*.wandb")))) < 2 and time.monotonic() < deadline:
+    while len(rows := wandb_history(next(run.glob("run-*.wandb")))) < 3 and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert [row["_step"] for row in rows] == [1, 2] and all(NAMES <= row.keys() for row in rows)
-    for row, phase in zip(rows, ("validation", "test"), strict=True):
+    assert [row["_step"] for row in rows] == [0, 1, 2] and all(NAMES <= row.keys() for row in rows[1:])
+    for row, phase in zip(rows, ("validation", "validation", "test"), strict=True):
         for index, tag in enumerate(TAGS):
             file = output / "validation" / f"{phase}_step-{row['_step']:06}_prompt-{index}_video-0.mp4"
             assert (run / "files" / row[f"{tag}/path"]).read_bytes() == file.read_bytes()
@@ -176,7 +178,7 @@ def test_trackers_get_scalars_and_videos_and_never_the_token(script, flags, monk
     script.main(script.get_args())
     output = tmp_path / "output"
 
-    assert len(list((output / "validation").iterdir())) == 4
+    assert len(list((output / "validation").iterdir())) == 6
     if tracker == "all":
         check_tensorboard(output / "logs" / "my-project")
         check_wandb(output / "logs" / "wandb", output)
@@ -213,4 +215,4 @@ def test_samples_are_decoded_in_tiles_where_memory_is_short(script, run, monkeyp
     spy = lambda self, *size: tiled.append(size) or enable_tiling(self, *size)  # noqa: E731
     monkeypatch.setattr(script.AutoencoderKLCogVideoX, "enable_tiling", spy)
     output = run(max_train_steps=1, validation_prompt="a red square", num_inference_steps=1)
-    assert len(tiled) == (free < 300e6) and list(output.glob("validation/*.mp4"))
+    assert len(tiled) == 2 * (free < 300e6) and list(output.glob("validation/*.mp4"))
