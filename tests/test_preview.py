@@ -121,14 +121,14 @@ def test_each_warning_is_on_the_clip_made_for_it_and_the_gravest_come_first(ever
 
 def test_warnings_say_what_is_wrong(every):
     cards = {card.name: card for card in read_page(every[0])}
-    assert cards["broken.mp4"].warnings[0].startswith("Error reading ") and not cards["broken.mp4"].pictures
+    assert cards["broken.mp4"].warnings[0].startswith("cannot be decoded: Error reading ") and not cards["broken.mp4"].pictures
     assert cards["short.mp4"].warnings == ["a clip of 3 frames, trained as a picture without motion"]
     assert cards["long.mp4"].warnings == ["1.1 s of 5.0 s are used"]
     assert cards["tall.mp4"].warnings[1] == "a portrait clip, cropped to landscape"
     assert cards["small.mp4"].warnings == ["32 x 18, scaled up by 3.6: it is blurred"]
     assert cards["twin.mp4"].warnings == ["looks like #2 same as twin.mp4"]
     assert cards["a&b <i>untriggered</i>.mp4"].warnings == ["no “mored”, with which 14 of 16 captions begin"]
-    assert "bucket 9x64x96 · 192 x 64 → 96 x 64, 50% of the frame · 9 of 9 frames" in cards["wide.mp4"].source
+    assert "trained as 9x64x96 · 192 x 64 → 96 x 64, 50% of the frame · 9 of 9 frames" in cards["wide.mp4"].source
     assert "trained mirrored" in every[0].read_text()
 
 

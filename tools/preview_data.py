@@ -47,8 +47,8 @@ LEAST_AREA = 0.7  # 16:9 and 4:3 brought to 3:2 keep 84 and 89 %; a square clip 
 MOST_STRETCH = 1.25  # 16:9 brought to 3:2 is 1.19, which hardly shows; 4:3 brought to 16:9 is 1.33, which does
 MOST_SCALE = 1.1  # up to it the blur hardly shows; above it the LoRA learns blurred clips
 LEAST_BRIGHTNESS = 0.1  # of white, on average; at that level little can be recognised
-LEAST_MOTION = 0.03  # of white, in any of 16 x 16 cells; compression alone changes a cell by less than 0.02
-SAME = (0.03, 0.003)  # part of a clip's contrast, and of white: another encoding differs by less, another take by more
+LEAST_MOTION = 0.03  # of white, in any of 16 x 16 cells; noise and strong compression changed none by more than 0.013
+SAME = (0.03, 0.003)  # part of a clip's contrast, and of white: twice what small size and strong compression changed
 COMMON_WORD = 0.8  # of the captions begin with a trigger word, if there is one; sentences begin in more ways
 ORDINARY = "a an the this that these those in on at there it video two three close close-up we he she".split()
 SHOWN = 6  # frames a clip at most
@@ -244,7 +244,7 @@ def find_warnings(dataset, views: list[View | str], captions: list[Caption], lim
     """Of each clip, the gravest first."""
     found, texts, same = [], dataset.instance_prompts, {}
     for index, view in enumerate(views):
-        broken = [("broken", 0.0, view)] if isinstance(view, str) else []
+        broken = [("broken", 0.0, f"cannot be decoded: {view}")] if isinstance(view, str) else []
         own = broken or frame_warnings(view, dataset.settings["video_reshape_mode"])
         found.append(own + caption_warnings(captions[index], limit))
         same.setdefault(" ".join(texts[index].casefold().split()), []).append(index)
@@ -308,7 +308,7 @@ filter.onchange = () => document.querySelectorAll("article").forEach(
 def facts(view: View) -> str:
     """How the clip becomes what is trained on, in a line."""
     (height, width), span, used = view.source, view.indices[-1] - view.indices[0], len(view.indices)
-    text = f"bucket {used}x{view.size[0]}x{view.size[1]} · {width} x {height} → {view.size[1]} x {view.size[0]}"
+    text = f"trained as {used}x{view.size[0]}x{view.size[1]} · {width} x {height} → {view.size[1]} x {view.size[0]}"
     text += f", {view.kept[1]:.0%} of the frame" if view.kept[1] < 0.995 else ""
     if view.num_frames == 1:
         return f"{text} · a picture"
