@@ -1,0 +1,255 @@
+"""The page of tools/preview_data.py: each warning is on the clip that was made for it, and its pictures are what the
+training takes."""
+
+import base64
+import contextlib
+import html
+import io
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import preview_data
+import pytest
+import tiny
+from conftest import BOTH, ROOT, word_list
+from PIL import Image
+from transformers import AutoTokenizer
+
+
+@dataclass
+class Card:
+    """A clip on the page."""
+
+    name: str
+    kinds: set[str]
+    warnings: list[str]
+    source: str
+    pictures: list[np.ndarray]  # [H, W, C]
+    frames: list[int]
+
+
+def read_page(page: Path) -> list[Card]:
+    cards = []
+    for kinds, source in re.findall(r'<article data-kinds="(.*?)">(.*?)</article>', page.read_text(), re.S):
+        pictures = re.findall(r"data:image/jpeg;base64,([^\"]+)", source)
+        pictures = [np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))).astype(int) for data in pictures]
+        cards.append(Card(
+            html.unescape(re.search(r"</span> (.*?)</h2>", source)[1]), set(kinds.split()) - {"all", "any"},
+            [html.unescape(text) for text in re.findall("<li>(.*?)</li>", source)], source, pictures,
+            [int(number) for number in re.findall(r"frame (\d+)<", source)],
+        ))  # fmt: skip
+    return cards
+
+
+def square(num_frames: int, height: int, width: int, color: str, way: str = "right") -> np.ndarray:
+    return (tiny.moving_square(num_frames, height, width, tiny.COLORS[color], way) * 0.7 + 60).astype(np.uint8)
+
+
+def write_set(folder: Path, clips: dict[str, tuple[str, np.ndarray | bytes]], **encoding) -> Path:
+    """Clips by name, each a caption with frames, or with what a broken file holds."""
+    folder.mkdir(parents=True)
+    for name, (_, frames) in clips.items():
+        if isinstance(frames, bytes):
+            (folder / name).write_bytes(frames)
+        else:
+            tiny.write_clip(folder / name, frames, **encoding)
+    (folder / "videos.txt").write_text("\n".join(clips))
+    (folder / "prompts.txt").write_text("\n".join(caption for caption, _ in clips.values()))
+    return folder
+
+
+def preview(words: list[str], script: str = "train_cogvideox_lora") -> str:
+    """What the terminal says."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        preview_data.main([str(ROOT / f"{script}.py"), *words])
+    return said.getvalue()
+
+
+def every_clip() -> dict[str, tuple[str, np.ndarray | bytes]]:
+    """Most captions begin with "mored", the word to trigger with; plain.mp4 has nothing to warn of."""
+    plain = square(9, 64, 96, "red")
+    return {
+        "plain.mp4": ("mored a red square moves right", plain),
+        "same as twin.mp4": ("mored a blue square moves left", square(9, 64, 96, "blue", "left")),
+        "twin.mp4": ("mored a blue square", square(9, 128, 192, "blue", "left")),
+        "still.mp4": ("mored a green square", np.repeat(square(9, 64, 96, "green")[4:5], 9, axis=0)),
+        "dark.mp4": ("mored a yellow square", square(9, 64, 96, "yellow", "down") // 10),
+        "small.mp4": ("mored a red square moves left", square(9, 18, 32, "red", "left")),
+        "tall.mp4": ("mored a red square moves down", square(9, 144, 96, "red", "down")),
+        "wide.mp4": ("mored a green square moves right", square(9, 64, 192, "green")),
+        "long.mp4": ("mored a green square moves left", square(40, 64, 96, "green", "left")),
+        "short.mp4": ("mored a green square moves down", square(3, 64, 96, "green", "down")),
+        "broken.mp4": ("mored a green square moves up", b"no video"),
+        "a&b <i>untriggered</i>.mp4": ("a yellow square moves up", square(9, 64, 96, "yellow", "up")),
+        "many words.mp4": ("mored" + " square moves" * 150, square(9, 64, 96, "yellow", "left")),
+        "<script>.mp4": ("mored <script>fail()</script>", square(9, 64, 96, "blue", "down")),
+        "one caption.mp4": ("mored a white square", square(9, 64, 96, "blue", "right")),
+        "one more.mp4": ("Mored a  white square", square(9, 64, 96, "blue", "up")),
+    }
+
+
+KINDS = {  # in the order of the page
+    "broken.mp4": {"broken"}, "short.mp4": {"single"}, "long.mp4": {"time"}, "tall.mp4": {"area", "turned"},
+    "wide.mp4": {"area"}, "small.mp4": {"enlarged"}, "same as twin.mp4": {"double"}, "twin.mp4": {"double"},
+    "dark.mp4": {"dark"}, "still.mp4": {"static"}, "a&b <i>untriggered</i>.mp4": {"trigger"},
+    "one more.mp4": {"trigger", "unknown", "caption"}, "many words.mp4": {"cut"}, "<script>.mp4": {"unknown"},
+    "one caption.mp4": {"caption"}, "plain.mp4": set(),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def every(tmp_path_factory, models) -> tuple[Path, str]:
+    """The page of all these clips, and what the terminal said."""
+    folder = tmp_path_factory.mktemp("preview")
+    clips = write_set(folder / "clips", every_clip())
+    flags = {"pretrained_model_name_or_path": models["t2v"], "instance_data_root": clips, "height": 64, "width": 96}
+    flags |= {"caption_column": "prompts.txt", "video_column": "videos.txt", "max_num_frames": 9}
+    flags |= {"output_dir": folder / "output", "frame_sampling": "fps", "random_flip": True}
+    files = {path for path in folder.rglob("*") if path.is_file()}
+    said = preview(word_list(flags))
+    page = folder / "output" / "preview.html"
+    assert {path for path in folder.rglob("*") if path.is_file()} == files | {page}
+    return page, said
+
+
+def test_each_warning_is_on_the_clip_made_for_it_and_the_gravest_come_first(every):
+    assert [(card.name, card.kinds) for card in read_page(every[0])] == list(KINDS.items())
+
+
+def test_warnings_say_what_is_wrong(every):
+    cards = {card.name: card for card in read_page(every[0])}
+    assert cards["broken.mp4"].warnings[0].startswith("cannot be decoded: Error reading ")
+    assert cards["broken.mp4"].pictures == []
+    assert cards["short.mp4"].warnings == ["a clip of 3 frames, trained as a picture without motion"]
+    assert cards["long.mp4"].warnings == ["1.1 s of 5.0 s are used"]
+    assert cards["tall.mp4"].warnings[1] == "a portrait clip, cropped to landscape"
+    assert cards["small.mp4"].warnings == ["32 x 18, scaled up by 3.6: it is blurred"]
+    assert cards["twin.mp4"].warnings == ["looks like #2 same as twin.mp4"]
+    assert cards["a&b <i>untriggered</i>.mp4"].warnings == ["no “mored”, with which 14 of 16 captions begin"]
+    assert "trained as 9x64x96 · 192 x 64 → 96 x 64, 50% of the frame · 9 of 9 frames" in cards["wide.mp4"].source
+    assert "trained mirrored" in every[0].read_text()
+
+
+def test_caption_is_split_where_the_model_stops_reading(every, models):
+    source = next(card.source for card in read_page(every[0]) if card.name == "many words.mp4")
+    kept, cut = re.search(r'<p dir="auto">(.*?)<del>(.*?)</del> <small>\d+ tokens', source).groups()
+    caption = "mored" + " square moves" * 150
+    tokenizer = AutoTokenizer.from_pretrained(models["t2v"] / "tokenizer")
+    ids = tokenizer(caption, max_length=226, truncation=True).input_ids
+    assert kept + cut == caption and kept == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_terminal_says_how_many_clips_have_each_warning(every):
+    page, said = every
+    assert "clips      16: 1 of 1 x 64 x 96, 14 of 9 x 64 x 96\n" in said and f"page       {page} (" in said
+    counts = {name: int(number) for number, name in re.findall(r"warning +(\d+) (.*)", said)}
+    expected = [(text, sum(kind in kinds for kinds in KINDS.values())) for kind, text in preview_data.KINDS.items()]
+    assert list(counts.items()) == [(text, number) for text, number in expected if number]
+
+
+def ramp(height: int, width: int) -> np.ndarray:
+    """Two frames whose red tells the column. No part of them is grey."""
+    frames = np.zeros((2, height, width, 3), np.uint8)
+    frames[..., 0] = np.linspace(0, 255, width).astype(np.uint8)
+    frames[..., 2] = 255 - frames[..., 0]
+    return frames
+
+
+def colored_part(picture: np.ndarray) -> tuple[float, float]:
+    """Where the columns that are not grey begin and end, as parts of the width."""
+    columns = np.flatnonzero((picture.max(-1) - picture.min(-1) > 60).mean(0) > 0.5)
+    return columns[0] / picture.shape[1], (columns[-1] + 1) / picture.shape[1]
+
+
+@pytest.mark.parametrize("mode", ["center", "random", "stretch"])
+def test_grey_is_what_is_cropped_away(script, flags, tmp_path, mode):
+    clips = write_set(tmp_path / "clips", {f"{i}.mp4": (f"a square {i}", ramp(128, 512)) for i in range(2)})
+    words = flags(instance_data_root=clips, video_reshape_mode=mode, seed=5)
+    preview([*words, "--page", str(tmp_path / "page.html")])
+    dataset = script.VideoDataset(clips, None, None, "prompts.txt", "videos.txt", 64, 96, mode, seed=5)
+    parts = []
+    for card in read_page(tmp_path / "page.html"):
+        picture = card.pictures[0]
+        trained = (dataset[int(card.name[0])]["instance_video"][0, 0].mean(0).numpy() + 1) / 2  # red is the column
+        assert colored_part(picture) == pytest.approx((trained[0], trained[-1]), abs=0.03)
+        assert picture.shape[1] / picture.shape[0] == pytest.approx(1.5 if mode == "stretch" else 4, rel=0.03)
+        assert ("stretched" if mode == "stretch" else "area") in card.kinds
+        parts.append(colored_part(picture))
+    assert (parts[0] == parts[1]) == (mode != "random")
+
+
+@BOTH
+@pytest.mark.parametrize("sampling", ["stride", "fps"])
+def test_shown_frames_are_those_of_the_training(script, flags, tmp_path, sampling):
+    levels = np.arange(30, 230, 5, dtype=np.uint8)[:, None, None, None]  # frame i is grey of 5 i + 30
+    clips = write_set(tmp_path / "clips", {"0.mp4": ("a square", np.tile(levels, (1, 64, 96, 3)))}, fps=24)
+    settings = {"instance_data_root": clips, "max_num_frames": 13, "skip_frames_start": 3, "frame_sampling": sampling}
+    preview([*flags(**settings), "--page", str(tmp_path / "page.html")], script.__name__)
+    dataset = script.VideoDataset(
+        clips, None, None, "prompts.txt", "videos.txt", 64, 96, "center", 8, 13, 3, frame_sampling=sampling
+    )
+    trained = (dataset[0]["instance_video"].mean((1, 2, 3)) * 127.5 + 127.5).tolist()  # [F]
+    (card,) = read_page(tmp_path / "page.html")
+    shown = [picture.mean() for picture in card.pictures]
+    positions = [int(np.argmin(np.abs(np.array(trained) - level))) for level in shown]
+    assert positions[0] == 0 and positions[-1] == len(trained) - 1 and len(positions) == 6
+    assert shown == pytest.approx([trained[position] for position in positions], abs=2)
+    assert shown == pytest.approx([5 * frame + 30 for frame in card.frames], abs=4)
+    assert f"{len(trained)} of 40 frames" in card.source
+
+
+def test_id_token_that_stands_in_the_caption_already(flags, tmp_path):
+    preview(flags(id_token="Red"))
+    cards = read_page(tmp_path / "output" / "preview.html")
+    assert [card.name for card in cards if "“Red” twice" in "".join(card.warnings)] == ["videos/00.mp4"]
+
+
+def test_pictures_have_no_time(flags, tmp_path):
+    (tmp_path / "stills").mkdir()
+    for i, color in enumerate(tiny.COLORS):
+        Image.fromarray(square(1, 64, 96, color)[0]).save(tmp_path / "stills" / f"{i}.png")
+        (tmp_path / "stills" / f"{i}.txt").write_text(f"a {color} square")
+    preview(flags(instance_data_root=tmp_path / "stills"))
+    cards = read_page(tmp_path / "output" / "preview.html")
+    assert [card.kinds for card in cards] == [set()] * 4 and all("a picture" in card.source for card in cards)
+
+
+def test_wrong_flags_are_the_scripts_own_message(flags, tmp_path, capsys):
+    wrong = [({"instance_data_root": "nowhere"}, "there is no folder nowhere"), ({"rank": "x"}, "--rank must be")]
+    wrong.append(({"pretrained_model_name_or_path": tmp_path}, "is no diffusers-format model"))
+    for changes, message in wrong:
+        with pytest.raises(SystemExit) as ended:
+            preview(flags(**changes))
+        assert ended.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "output").exists()
+
+
+def test_page_in_a_browser(every):
+    api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    if not (chromium := shutil.which("chromium") or shutil.which("google-chrome")):
+        pytest.skip("needs Chromium")
+    requests, problems = [], []
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 390, "height": 844})
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("console", lambda message: problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.goto(every[0].as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
+        for chosen, number in {"any": 15, "double": 2, "all": 16}.items():
+            page.select_option("#filter", chosen)
+            assert page.locator("article:visible").count() == number
+        backgrounds = set()
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            backgrounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        page.set_viewport_size({"width": 1200, "height": 844})
+        assert page.evaluate("document.documentElement.scrollWidth") <= 1200 and len(backgrounds) == 2
+        assert page.locator("h2", has_text="<script>.mp4").count() == 1
+        browser.close()
+    assert [url for url in requests if not url.startswith("data:")] == [every[0].as_uri()] and problems == []
