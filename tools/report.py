@@ -186,7 +186,7 @@ def read_run(folder: Path, name: str) -> TrainingRun:
         args = {"pretrained_model_name_or_path": match[1]}
     kind = about.get("kind") or "".join(re.findall(r"^pipeline_tag: (\S+)$", card, re.M)[:1])
     videos = {}
-    for path in sorted(folder.glob("validation/*.mp4"), reverse=True):  # validation_ takes the place of nothing: test_
+    for path in sorted(folder.glob("validation/*.mp4")):  # of one step, test_ is before validation_
         if match := re.search(r"_step-(\d+)_prompt-(\d+)_video-(\d+)$", path.stem):
             videos.setdefault(tuple(map(int, match.groups())), path)
     rows, stages = read_rows(folder / "metrics.jsonl"), read_rows(folder / "stages.jsonl")
@@ -426,7 +426,7 @@ def video_cells(runs: list[TrainingRun], members: list[tuple[int, int]], number:
             before.append(cell.format(f'{path} data-steps="[{steps[0]}]"', words))
             seen.add(videos[keys[0]])
         words = f'<b style="color:{color}">{escape(name)}</b> <span class="step"></span>'
-        after.append(cell.format(f'{path} data-steps="{steps}" data-follows', words))
+        after.append(cell.format(f'{path} data-steps="{steps}"', words))
     return before + after
 
 
@@ -446,14 +446,16 @@ def videos_section(runs: list[TrainingRun], videos: dict[str, bytes], left_out: 
     if not shown:
         return ""
     steps = sorted({int(key.split("/")[1]) for key in videos})
-    note = f"<p class=note>Left out, since the page would be too large: the videos of {len(left_out)} steps between "
-    note += f"{left_out[0]} and {left_out[-1]}. They are in validation/.</p>" if left_out else ""
+    note = ""
+    if left_out:
+        words = f"the videos of {len(left_out)} steps between {left_out[0]} and {left_out[-1]}"
+        note = f"<p class=note>Left out, since the page would be too large: {words}. They are in validation/.</p>"
     slider = f'<input id="slider" type="range" min="0" max="{len(steps) - 1}" value="{len(steps) - 1}" list="marks"'
     marks = "".join(f"<option value={index}></option>" for index in range(len(steps)))
     return (
         f'<section id="videos"><h2>Videos</h2><div class="controls"><button id="play">Pause</button>'
         f'{slider} aria-label="step"><datalist id="marks">{marks}</datalist>'
-        f'<output id="step"></output></div>{note if left_out else ""}{"".join(shown)}</section>'
+        f'<output id="step"></output></div>{note}{"".join(shown)}</section>'
     )
 
 
@@ -579,7 +581,7 @@ def page(runs: list[TrainingRun], reload_seconds: int | None) -> str:
         "data": json.dumps(data).replace("<", "\\u003c"),
         "plotly": get_plotlyjs() if drawn else "",
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], TEMPLATE.read_text())
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8"))
 
 
 # ---- The terminal, and a picture for documents ----------------------------------------------------------------------
@@ -683,7 +685,7 @@ def write_page(folders: list[Path], path: Path, reload_seconds: int | None = Non
     runs = [read_run(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
     is_over = all(run.state in ("finished", "stopped") for run in runs)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(page(runs, None if is_over else reload_seconds))
+    partial.write_text(page(runs, None if is_over else reload_seconds), encoding="utf-8")
     os.replace(partial, path)
     return runs
 
