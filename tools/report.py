@@ -548,9 +548,9 @@ def head(run: TrainingRun) -> str:
     why = f'<pre class="why">{escape(run.stop or last)}</pre>' if run.stop or last else ""
     use = "".join(line for line in use_command(run).splitlines() if line.startswith("pipe.load_lora"))
     use = use and f'<p>To use it: <code>{escape(use)}</code> (<a href="#details">all commands</a>)</p>'
-    about = ". ".join([f"A LoRA for {escape(run.kind or 'CogVideoX')}", ", ".join(about)])
+    about = f"A LoRA for {escape(run.kind or 'CogVideoX')}." + (f" {', '.join(about)}." if about else "")
     return (
-        f"<h1>{escape(run.name)}</h1><p class=about>{about}.</p>"
+        f"<h1>{escape(run.name)}</h1><p class=about>{about}</p>"
         f'<p class="state {run.state}">{escape(state_words(run))}</p>{bar}{why}{pairs(figures, "figures")}{use}'
     )
 
