@@ -1,4 +1,4 @@
-# make demo             trains a LoRA of a tiny model and shows the result
+# make demo             trains a LoRA of a tiny model and writes a page about it
 # make demo KIND=i2v    the same for image-to-video
 # make test             runs ruff and the test suite, in JOBS processes (one a core)
 # make test-slow        runs the tests that take minutes, too
@@ -39,7 +39,7 @@ demo: $(VENV)/.installed
 	rm -rf $(DEMO)
 	$(BIN)/python tests/tiny.py $(DEMO) --kind $(KIND)
 	DEMO=$(DEMO) KIND=$(KIND) PATH="$(CURDIR)/$(BIN):$$PATH" bash tools/demo.sh
-	$(BIN)/python tools/show_run.py $(DEMO)/output
+	$(BIN)/python tools/report.py $(DEMO)/output
 
 clean:
 	rm -rf $(VENV) $(DEMO)

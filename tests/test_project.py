@@ -412,34 +412,6 @@ def test_packages_that_single_flags_need_are_imported_for_these_flags_only(scrip
     assert (run(max_train_steps=1) / "pytorch_lora_weights.safetensors").is_file()
 
 
-def test_show_run(tmp_path, capsys):
-    """On files like those of a run."""
-    tool, output = load_tool("show_run"), tmp_path / "output"
-    output.mkdir()
-    with pytest.raises(SystemExit, match="no metrics.jsonl"):
-        tool.main(output, None)
-    rows = [{"step": step, "loss": 1 / step if step != 3 else None} for step in range(1, 7)]
-    rows += [{"step": step, "validation/loss": loss} for step, loss in ((2, 0.5), (4, 0.25), (6, 0.75))]
-    (output / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tool.main(output, tmp_path / "loss.png")
-    said = capsys.readouterr().out
-    assert "Loss over 5 steps" in said
-    assert "held-out clips: first 0.5000 at step 2, lowest 0.2500 at step 4, last 0.7500 at step 6" in said
-    for name in ("pytorch_lora_weights.safetensors", "README.md"):
-        (output / name).touch()
-    for step in (3, 12):
-        (output / f"checkpoint-{step}").mkdir()
-        video = output / "validation" / f"test_step-{step:06d}_prompt-0_video-0.mp4"
-        tiny.write_clip(video, tiny.moving_square(9, 64, 96))
-    tool.main(output, tmp_path / "all.png")
-    said = capsys.readouterr().out
-    assert "first fifth 1.0000, last fifth 0.1667 (-83.3%)" in said
-    names = ["metrics.jsonl", "pytorch_lora_weights.safetensors", "video-0.mp4", "video-0.png", "checkpoint-12"]
-    assert all(name in said for name in names) and said.index("checkpoint-3") < said.index("checkpoint-12")
-    assert [path.name for path in output.rglob("*.png")] == ["test_step-000012_prompt-0_video-0.png"]
-    assert Image.open(tmp_path / "all.png").height > Image.open(tmp_path / "loss.png").height
-
-
 def test_the_demo_shows_the_progress_of_its_base_model(capsys, monkeypatch):
     steps = tiny.show_progress(3, "Training", seconds=0)
     assert list(steps) == [0, 1, 2]

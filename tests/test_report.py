@@ -1,0 +1,304 @@
+"""tools/report.py: what the page says of runs in every state, and that a real browser shows it."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import report
+import tiny
+from conftest import BOTH, ONLY_I2V
+from PIL import Image
+
+WHEN = "2026-11-27 11:06:4"
+EVIL = '</script></pre><img src="http://127.0.0.1:9/x.png" onerror="window.hacked=1"><b>&amp;'
+
+
+def make_run(folder: Path, steps: int = 6, log: str = "", lora: bool = False, videos: tuple = (), **args) -> Path:
+    """What a text-to-video run leaves; `videos` are steps, with one prompt and one video each."""
+    flags = {"pretrained_model_name_or_path": "THUDM/CogVideoX-2b", "max_train_steps": 6, "rank": 4, "hub_token": None}
+    flags |= {"validation_prompt": "a red square" if videos else None, "output_dir": str(folder)} | args
+    folder.mkdir(parents=True)
+    about = {"kind": "text-to-video", "command": f"train_cogvideox_lora.py --output_dir {folder}", "args": flags}
+    (folder / "run.json").write_text(json.dumps(about | {"settings": {"rank": flags["rank"], "num_processes": 2}}))
+    rows = [{"step": n, "loss": 1 / n, "lr": 1e-3, "grad_norm": n, "seconds": 2, "memory": 2**30} for n in
+            range(1, steps + 1)]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stages = [{"step": 0, "stage": "encoding videos", "seconds": 90, "memory": 2**31}]
+    (folder / "stages.jsonl").write_text("".join(json.dumps(row) + "\n" for row in stages))
+    (folder / "train.log").write_text(f"{WHEN}0,289 INFO Steps: {flags['max_train_steps']}, 4 an epoch\n{log}")
+    if lora:
+        (folder / report.LORA_FILE).write_bytes(b"lora")
+    for step in videos:
+        clip = tiny.moving_square(9, 64, 96, (20 * step, 40, 40))
+        tiny.write_clip(folder / "validation" / f"validation_step-{step:06d}_prompt-0_video-0.mp4", clip)
+    return folder
+
+
+def page_of(*folders: Path) -> str:
+    """The page without plotly's code."""
+    path = folders[0].parent / "page.html"
+    report.main([*map(str, folders), "--page", str(path)])
+    return re.sub(r"<script>/\*\*\n\* plotly.*?</script>", "", path.read_text(), flags=re.DOTALL)
+
+
+def data_of(page: str) -> dict:
+    return json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    if not (program := shutil.which("chromium") or shutil.which("google-chrome")):
+        pytest.skip("needs Chromium")
+    with playwright.sync_playwright() as start:
+        browser = start.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(chromium):
+    """Open a page in a window of this width; requests beyond the page itself and complaints fail the test."""
+    asked, said, contexts = [], [], []
+
+    def open_file(path: Path, width: int = 1280):
+        contexts.append(context := chromium.new_context(viewport={"width": width, "height": 800}))
+        tab = context.new_page()
+        tab.on("console", lambda message: said.append(message.text))
+        tab.on("pageerror", lambda error: said.append(str(error)))
+        tab.on("request", lambda request: asked.append(request.url))
+        context.route(re.compile("^(?!file:|data:|blob:)"), lambda route: route.abort())
+        tab.goto(path.as_uri())
+        return tab
+
+    yield open_file
+    for context in contexts:
+        context.close()
+    assert [url for url in asked if not re.match("file:///[^?]*html$|data:|blob:", url)] == []
+    assert said == []
+
+
+CLOCK = "() => [...document.querySelectorAll('video')].map((v) => [v.readyState, v.paused, v.src])"
+TOGETHER = """() => { const times = [...document.querySelectorAll('video')].map((v) => v.currentTime);
+    return times.every((t) => t > 0.05) && Math.max(...times) - Math.min(...times) < 0.1; }"""
+POINTS = """() => Object.fromEntries([...document.querySelectorAll('.plot')].map(
+    (plot) => [plot.id, plot.data.map((trace) => trace.x.length)]))"""
+IS_DRAWN = "() => [...document.querySelectorAll('.plot')].every((plot) => plot.querySelector('.scatterlayer path'))"
+OVERFLOW = "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
+
+
+@BOTH
+def test_a_browser_shows_a_finished_run(finished, kind, open_page, tmp_path, capsys):
+    page_file = tmp_path / "page.html"
+    report.main([str(finished / "output"), "--page", str(page_file)])
+    said = capsys.readouterr().out
+    for part in ("finished after 4 steps", "Loss over 4 steps", "first fifth", "encoding videos", "sampling",
+                 "test_step-000004_prompt-1_video-1.mp4", "Model card", "checkpoint-2", str(page_file)):  # fmt: skip
+        assert part in said, part
+    assert "validation_step" not in said and not list((finished / "output").glob("*.html"))
+
+    tab = open_page(page_file)
+    assert "finished after 4 steps" in tab.inner_text("header") and "trigger word TOK" in tab.inner_text("header")
+    assert tab.locator(".start img").count() == (4 if kind == "i2v" else 0)
+    assert tab.locator("video").count() == 8  # two prompts, two videos, before training and now
+    for _ in range(2):
+        tab.wait_for_function(TOGETHER)
+        tab.wait_for_function("() => document.querySelector('video').currentTime < 0.05")  # and again from the start
+    before = tab.evaluate(CLOCK)
+    assert all(state >= 2 for state, _, _ in before)
+    tab.click("#play")
+    assert all(paused for _, paused, _ in tab.evaluate(CLOCK)) and tab.inner_text("#play") == "Play"
+    assert tab.inner_text("#step") == "step 4"
+    tab.locator("#slider").fill("1")
+    changed = [now[2] != then[2] for now, then in zip(tab.evaluate(CLOCK), before, strict=True)]
+    assert changed == [False, True] * 4 and tab.inner_text("#step") == "step 2"
+    assert tab.evaluate(POINTS) == {
+        "plot-loss": [4, 4], "plot-lr": [4], "plot-grad_norm": [4], "plot-seconds": [4]
+    }  # fmt: skip
+    assert tab.evaluate(IS_DRAWN)
+    tab.click("#log")
+    assert tab.evaluate("document.getElementById('plot-loss').layout.yaxis.type") == "log"
+
+    phone = open_page(page_file, 390)
+    phone.click("summary")
+    assert phone.evaluate(OVERFLOW) == 0
+    assert phone.evaluate("document.querySelector('#plot-loss').getBoundingClientRect().width") <= 390
+
+
+@ONLY_I2V
+def test_commands_of_a_finished_run_work(finished):
+    """The Python samples a video; the share command names files that exist."""
+    run, names = report.read_run(finished / "output", "output"), {}
+    exec(report.use_command(run).replace("dtype=torch.bfloat16).to('cuda')", "dtype=torch.float32)"), names)
+    assert Path("video.mp4").stat().st_size and len(names["video"]) == 9
+    words = shlex.split(report.share_command(run))
+    included = {word.removeprefix("--include=") for word in words if word.startswith("--include=")}
+    assert words[:4] == ["hf", "upload", "output", str(finished / "output")]
+    assert included >= {report.LORA_FILE, "README.md", "final_video_3.mp4", "first_frame.png"}
+    assert all((finished / "output" / name).is_file() for name in included)
+
+
+def test_a_run_that_is_going(tmp_path, capsys):
+    folder = make_run(tmp_path / "run", steps=4, log=f"{WHEN}1,000 INFO Training: 4 of 6\n", videos=(0, 2))
+    (folder / "checkpoint-3").mkdir()
+    page = page_of(folder)
+    assert "going: step 4 of 6, about 4 s of training left" in page and "Training: 4 of 6</pre>" in page
+    newest = str(folder / "checkpoint-3")
+    assert f"pipe.load_lora_weights({newest!r})" in report.use_command(report.read_run(folder, "run"))
+    assert "hf upload" not in page and "Steps: 6" not in page and "No warning and no error." in page
+    assert "encoding videos 2 min, training 8 s" in capsys.readouterr().out
+    old = time.time() - 10_000
+    for path in folder.iterdir():
+        os.utime(path, (old, old))
+    assert "silent since step 4 of 6" in page_of(folder)
+
+
+def test_a_run_that_was_stopped(script, tmp_path):
+    error = "stopped by SIGTERM after step 4.\n  - a second line"
+    lines = f"{WHEN}1,000 WARNING twice\n{WHEN}2,000 WARNING twice\n{WHEN}3,000 ERROR {error}\n"
+    folder = make_run(tmp_path / "run", steps=4, log=lines)
+    page = page_of(folder)
+    assert page.count(f"{error}</pre>") == 2 and "stopped at step 4 of 6" in page  # in the head and in the log
+    assert f"{WHEN}2 WARNING, 2 times</small><pre>twice</pre>" in page
+    command = report.resume_command(report.read_run(folder, ""))
+    assert command.startswith("accelerate launch --num_processes 2 train_cogvideox_lora.py ")
+    words = shlex.split(command)[5:]
+    args = script.get_args(["--pretrained_model_name_or_path", "x", *words])
+    assert (args.resume_from_checkpoint, args.output_dir) == ("latest", str(folder))
+    # An error that the training does not depend on is not its end; nor is one that more lines follow.
+    (folder / "train.log").write_text(f"{WHEN}1,000 ERROR Validation failed; training does not depend on it: x\n")
+    assert "going: step 4 of 6" in page_of(folder)
+    (folder / "train.log").write_text(f"{lines}{WHEN}4,000 INFO Resumed\n")
+    assert "going: step 4 of 6" in page_of(folder)
+
+
+def test_half_written_lines_and_losses_that_are_not_finite(tmp_path):
+    folder = make_run(tmp_path / "run", videos=(0, 3))
+    for name, rest in (("metrics.jsonl", '{"step": 7, "lo'), ("stages.jsonl", '{"step"'), ("train.log", "2026-1")):
+        with (folder / name).open("a") as file:
+            file.write(rest)
+    rows = (folder / "metrics.jsonl").read_text()
+    extra = '{"step": 7, "loss": null, "lr": 0.1, "grad_norm": null, "seconds": 1, "memory": null}\n7\n\xff\n'
+    (folder / "metrics.jsonl").write_text(extra + rows, encoding="latin-1")
+    (folder / "validation" / "validation_step-000006_prompt-0_video-0.mp4").write_bytes(b"ftyp, and no moo")
+    data = data_of(page_of(folder))
+    assert list(data["videos"]) == ["0/0/0/0", "0/3/0/0"]
+    points = {plot["name"]: [len(trace["x"]) for trace in plot["traces"]] for plot in data["plots"]}
+    assert points == {"loss": [6, 6], "lr": [7], "grad_norm": [6], "seconds": [7]}
+    (folder / "run.json").write_text('{"kind": "text-')
+    assert "step 7 of 6" in page_of(folder)  # of the log
+
+
+def test_runs_of_older_versions(tmp_path):
+    folder = make_run(tmp_path / "run", lora=True, videos=(2,))
+    for name in ("run.json", "stages.jsonl", "train.log"):
+        (folder / name).unlink()
+    (folder / "checkpoint-6").mkdir()
+    (folder / "checkpoint-6" / "training_state.json").write_text('{"settings": {"optimizer": "adamw"}}')
+    card = "---\npipeline_tag: image-to-video\n---\n\nA LoRA for image-to-video with THUDM/CogVideoX-5b-I2V.\n"
+    (folder / "README.md").write_text(card)
+    page = page_of(folder)
+    for part in ("finished after 6 steps", "A LoRA for image-to-video. Base model THUDM/CogVideoX-5b-I2V", "adamw",
+                 "CogVideoXImageToVideoPipeline", "“prompt 1”", "training"):  # fmt: skip
+        assert part in page, part
+    assert "--resume_from_checkpoint" not in page and page.count("<video") == 1
+    (empty := tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="empty is not the output folder of a run"):
+        report.main([str(empty)])
+    (empty / "train.log").touch()  # a run that has only begun
+    report.main([str(empty)])
+    assert "going: step 0" in (empty / "report.html").read_text()
+
+
+def test_runs_compared(tmp_path, capsys, open_page):
+    same = {"learning_rate": 1e-3, "buckets": [[9, 64, 96]]}
+    first = make_run(tmp_path / "a" / "out", lora=True, videos=(0, 3), rank=4, **same)
+    second = make_run(tmp_path / "b" / "out", 3, videos=(0, 2), rank=8, **same)
+    with (first / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 0, "validation/loss": 0.5}\n{"step": 3, "validation/loss": 0.25}\n')
+    page = page_of(first, second)
+    said = capsys.readouterr().out
+    assert "held-out clips: first 0.5000 at step 0, lowest 0.2500 at step 3, last 0.2500 at step 3" in said
+    assert f"{second}: going: step 3 of 6" in said
+    table = re.search(r"Settings that differ.*?</table>", page, re.DOTALL)[0]
+    assert re.findall(r"<th scope=row>(\w+)</th><td>(.*?)</td><td>(.*?)</td>", table) == [("rank", "4", "8")]
+    traces = {plot["name"]: [t["name"] for t in plot["traces"]] for plot in data_of(page)["plots"]}
+    mean = "mean of 5 steps"
+    assert traces["loss"] == [
+        "a/out each step", f"a/out {mean}", "a/out held-out clips", "b/out each step", f"b/out {mean}"
+    ]  # fmt: skip
+    assert traces["lr"] == ["a/out ", "b/out "]
+    tab = open_page(tmp_path / "a" / "page.html", 390)
+    captions = [text.strip() for text in tab.locator("figcaption").all_inner_texts()]
+    assert captions == ["before training", "a/out step 3", "b/out step 2"]  # both began with the same video
+    tab.locator("#slider").fill("1")
+    assert tab.locator(".step").all_inner_texts() == ["before training", "step 2"]
+    assert tab.evaluate(OVERFLOW) == 0
+
+
+def test_what_runs_wrote_is_escaped(tmp_path, open_page):
+    folder = make_run(tmp_path / "run<b>", log=f"{WHEN}1,000 ERROR {EVIL}\n", videos=(0, 3), validation_prompt=EVIL,
+                      id_token=EVIL, pretrained_model_name_or_path=EVIL, validation_images=EVIL)  # fmt: skip
+    other = make_run(tmp_path / "other", rank=EVIL)
+    page = page_of(folder, other)
+    assert EVIL not in page and "default-src 'none'" in page
+    for folders in ([folder], [folder, other]):
+        page_of(*folders)
+        tab = open_page(tmp_path / "page.html")
+        assert tab.evaluate("window.hacked") is None and tab.locator("img").count() == 0
+        assert EVIL in tab.inner_text("h3 >> nth=0") and tab.locator("video").count() == 2
+    assert "run<b> mean of 5 steps" in tab.text_content("#plot-loss .legend")
+
+
+def test_videos_beyond_the_limit_are_left_out(tmp_path, monkeypatch):
+    folder = make_run(tmp_path / "run", videos=(0, 1, 2, 3, 4))
+    sizes = [path.stat().st_size for path in sorted(folder.glob("validation/*"))]
+    monkeypatch.setattr(report, "VIDEO_LIMIT", sizes[0] + sizes[4] + sizes[3])
+    page = page_of(folder)
+    assert list(data_of(page)["videos"]) == ["0/0/0/0", "0/3/0/0", "0/4/0/0"]
+    assert "the videos of 2 steps between 1 and 2" in page
+
+
+def test_watch_ends_with_the_run(tmp_path, monkeypatch, capsys):
+    folder, pages = make_run(tmp_path / "run", steps=5), []
+
+    def train(seconds):
+        pages.append((folder / "report.html").read_text())
+        assert seconds == 7 and len(pages) < 3
+        if len(pages) == 2:
+            (folder / report.LORA_FILE).touch()
+            with (folder / "metrics.jsonl").open("a") as file, (folder / "train.log").open("a") as log:
+                file.write('{"step": 6, "loss": 0.1}\n')
+                log.write(f"{WHEN}5,000 INFO Done. {folder} has the LoRA\n")
+
+    monkeypatch.setattr(report.time, "sleep", train)
+    report.main([str(folder), "--watch", "7"])
+    assert all('http-equiv="refresh" content="7"' in page for page in pages)
+    last = (folder / "report.html").read_text()
+    assert 'http-equiv="refresh"' not in last and "finished after 6 steps" in last
+    assert "run going: step 5 of 6" in (said := capsys.readouterr().out) and "run finished after 6 steps" in said
+
+
+def test_the_picture(tmp_path, capsys):
+    folder = make_run(tmp_path / "run", videos=(0, 3, 6))
+    report.main([str(folder), "--picture", str(tmp_path / "run.png")])
+    assert (tmp_path / "run.png").stat().st_size <= report.PICTURE_LIMIT
+    both = Image.open(tmp_path / "run.png").height
+    shutil.rmtree(folder / "validation")
+    report.main([str(folder), "--picture", str(tmp_path / "loss.png")])
+    assert both > Image.open(tmp_path / "loss.png").height + 2 * 960 * 64 // (5 * 96)
+    capsys.readouterr()
+
+
+def test_without_plotly_one_line_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    with pytest.raises(SystemExit) as ended:
+        report.main([str(make_run(tmp_path / "run"))])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "report.py: error: the curves need plotly: pip install plotly\n"

@@ -1,0 +1,722 @@
+"""Write one page about training runs, going, stopped or finished: report.html, which works offline and on a phone.
+
+    python tools/report.py OUTPUT_DIR [OUTPUT_DIR ...] [--watch] [--page FILE.html] [--picture FILE.png]
+
+Reads what the runs left in their output folders; needs no GPU and loads no model. The page has the validation videos
+by step, the curves, the time by stage, the warnings of the log, the settings, and the commands that use, resume and
+share the LoRA. Several folders are compared: their curves in one plot, the settings that differ in a table. --watch
+writes the page again and again until the runs have ended. --picture draws the loss and the videos before and after
+training as a PNG, for a document.
+"""
+
+import argparse
+import base64
+import dataclasses
+import datetime
+import functools
+import html
+import importlib.util
+import io
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+TEMPLATE = Path(__file__).with_name("report_template.html")
+LORA_FILE = "pytorch_lora_weights.safetensors"
+WRITTEN = ("run.json", "metrics.jsonl", "stages.jsonl", "train.log", LORA_FILE, "checkpoint-*", "validation")
+PIPELINES = {"text-to-video": "CogVideoXPipeline", "image-to-video": "CogVideoXImageToVideoPipeline"}
+STAGES = ("encoding prompts", "encoding videos", "training", "sampling", "saving")
+VIDEO_LIMIT = 80 * 10**6  # bytes of videos in a page: more than this takes a browser long to open
+POINT_LIMIT = 4000  # of a curve; a browser draws more of them slowly
+QUIET_SECONDS = 900  # without a word, after which a run counts as ended; no stage but the sampling is silent for long
+PICTURE_LIMIT = 300 * 1024
+NOT_FATAL = ("training does not depend on it", "has no effect")  # in the errors after which a run continues
+NOT_SETTINGS = {"output_dir", "resume_from_checkpoint", "hub_token"}
+COLORS = ("#3b7dd8", "#e07b39", "#2f9e6e", "#b4559f", "#c29a1c", "#5f6bd4", "#c94f4f", "#3a9fb5")  # on white and black
+BARS = "▁▂▃▄▅▆▇█"
+
+
+# ---- What a run left ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class TrainingRun:
+    """What a folder tells of a run. Each part may be empty: runs are also read while they write, or after a crash."""
+
+    folder: Path
+    name: str
+    kind: str
+    command: str
+    args: dict
+    settings: dict
+    metrics: list[dict]
+    stages: list[dict]
+    log: list[list[str]]  # time, level, message
+    videos: dict[tuple[int, int, int], Path]  # by step, prompt and number
+
+    def column(self, name: str) -> tuple[list[int], np.ndarray]:
+        """Steps and values of the lines of metrics.jsonl that have a finite number `name`."""
+        rows = [row for row in self.metrics if is_number(row.get(name))]
+        return [row["step"] for row in rows], np.array([row[name] for row in rows], dtype=float)
+
+    @functools.cached_property
+    def has_lora(self) -> bool:
+        return (self.folder / LORA_FILE).is_file()
+
+    @functools.cached_property
+    def checkpoints(self) -> list[Path]:
+        return list_checkpoints(self.folder)
+
+    @functools.cached_property
+    def step(self) -> int:
+        saved = [int(path.name.split("-")[1]) for path in self.checkpoints]
+        return max([0, *saved, *(row["step"] for row in self.metrics)])
+
+    @functools.cached_property
+    def max_step(self) -> int | None:
+        """Of the flags, or of the log where the flags have epochs."""
+        if is_number(self.args.get("max_train_steps")):
+            return int(self.args["max_train_steps"])
+        said = [re.match(r"Steps: (\d+)", message) for _, _, message in self.log]
+        return next((int(match[1]) for match in reversed(said) if match), None)
+
+    @functools.cached_property
+    def stop(self) -> str | None:
+        """The error that ended the run: the last message of the log."""
+        _, level, message = self.log[-1] if self.log else ("", "", "")
+        return message if level == "ERROR" and not any(words in message for words in NOT_FATAL) else None
+
+    @functools.cached_property
+    def state(self) -> str:
+        written = [path.stat().st_mtime for name in WRITTEN[:4] for path in self.folder.glob(name)]
+        starts = [i for i, (_, _, message) in enumerate(self.log) if message.startswith("Steps: ")]
+        is_done = any(message.startswith("Done. ") for _, _, message in self.log[starts[-1] if starts else 0 :])
+        has_all_steps = self.has_lora and self.step >= (self.max_step or 0)
+        if has_all_steps and (is_done or not self.log or self.stop):
+            return "finished"
+        if self.stop:
+            return "stopped"
+        if written and time.time() - max(written) < QUIET_SECONDS:
+            return "going"
+        return "finished" if has_all_steps else "silent"
+
+    @functools.cached_property
+    def seconds(self) -> dict[str, float]:
+        """Of each stage; the training's are those of its steps."""
+        found = Counter({"training": float(self.column("seconds")[1].sum())})
+        for row in self.stages:
+            if is_number(row.get("seconds")):
+                found[str(row.get("stage"))] += row["seconds"]
+        order = [*STAGES, *(found.keys() - set(STAGES))]
+        return {name: found[name] for name in order if found[name]}
+
+    @functools.cached_property
+    def prompts(self) -> list[tuple[str, str | None]]:
+        """Validation prompts, each with the path of its start image."""
+        separator = self.args.get("validation_prompt_separator") or ":::"
+        texts, images = (
+            str(self.args[name]).split(separator) if self.args.get(name) else []
+            for name in ("validation_prompt", "validation_images")
+        )
+        number = max([len(texts), *(prompt + 1 for _, prompt, _ in self.videos)])
+        texts += [f"prompt {index + 1}" for index in range(len(texts), number)]
+        return list(itertools.zip_longest(texts, images[:number]))
+
+
+def is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("checkpoint-*") if path.name.split("-", 1)[1].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def read_json(text: str) -> dict:
+    """An object, or {} where the text is something else, such as half a line."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_rows(path: Path) -> list[dict]:
+    rows = map(read_json, read_text(path).splitlines())
+    return [row for row in rows if isinstance(row.get("step"), int)]
+
+
+def read_log(path: Path) -> list[list[str]]:
+    """Time, level and message of each entry; a message may have several lines."""
+    entries = []
+    for line in read_text(path).splitlines():
+        if match := re.match(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d+ ([A-Z]+) (.*)", line):
+            entries.append(list(match.groups()))
+        elif entries:
+            entries[-1][2] += f"\n{line}"
+    return entries
+
+
+def read_run(folder: Path, name: str) -> TrainingRun:
+    """Raises SystemExit where nothing of a run is found."""
+    if not any(path for pattern in WRITTEN for path in folder.glob(pattern)):
+        sys.exit(f"report.py: error: {folder} is not the output folder of a run: it has none of {', '.join(WRITTEN)}")
+    about, card = read_json(read_text(folder / "run.json")), read_text(folder / "README.md")
+    args, settings = (about.get(part) if isinstance(about.get(part), dict) else {} for part in ("args", "settings"))
+    for checkpoint in list_checkpoints(folder) if not settings else []:  # of a run before run.json was written
+        settings = read_json(read_text(checkpoint / "training_state.json")).get("settings") or settings
+    if not args and (match := re.search(r"^A LoRA for \S+ with (\S+)\.$", card, re.M)):
+        args = {"pretrained_model_name_or_path": match[1]}
+    kind = about.get("kind") or "".join(re.findall(r"^pipeline_tag: (\S+)$", card, re.M)[:1])
+    videos = {}
+    for path in sorted(folder.glob("validation/*.mp4")):  # of one step, test_ is before validation_
+        if match := re.search(r"_step-(\d+)_prompt-(\d+)_video-(\d+)$", path.stem):
+            videos.setdefault(tuple(map(int, match.groups())), path)
+    rows, stages = read_rows(folder / "metrics.jsonl"), read_rows(folder / "stages.jsonl")
+    command, log = str(about.get("command") or ""), read_log(folder / "train.log")
+    return TrainingRun(folder, name, kind, command, args, settings, rows, stages, log, videos)
+
+
+def names_of(folders: list[Path]) -> list[str]:
+    """The last parts of the paths, as many as it takes to tell them apart."""
+    paths = [folder.resolve() for folder in folders]
+    for count in range(1, max(len(path.parts) for path in paths)):
+        names = ["/".join(path.parts[-count:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+# ---- Numbers and words ----------------------------------------------------------------------------------------------
+
+
+def duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def first_and_last(losses: np.ndarray) -> tuple[float, float]:
+    """Mean loss of the first and of the last fifth of the run; a single loss depends on its noise level."""
+    part = max(1, len(losses) // 5)
+    return float(losses[:part].mean()), float(losses[-part:].mean())
+
+
+def loss_change(run: TrainingRun) -> str:
+    losses = run.column("loss")[1]
+    if not len(losses):
+        return "–"
+    first, last = first_and_last(losses)
+    return f"{first:.4f} → {last:.4f} ({last / first - 1:+.1%})" if first else f"{first:.4f} → {last:.4f}"
+
+
+def held_out_words(run: TrainingRun) -> str:
+    steps, losses = run.column("validation/loss")
+    if not steps:
+        return "–"
+    lowest = int(losses.argmin())
+    shown = [f"{losses[i]:.4f} at step {steps[i]}" for i in (0, lowest, -1)]
+    return "first {}, lowest {}, last {}".format(*shown)
+
+
+def state_words(run: TrainingRun) -> str:
+    steps = f"step {run.step}" + (f" of {run.max_step}" if run.max_step else "")
+    if run.state == "finished":
+        return f"finished after {run.step} steps" if run.step else "finished"
+    if run.state == "going":
+        seconds = run.column("seconds")[1]
+        left = duration(float(np.median(seconds)) * (run.max_step - run.step)) if len(seconds) and run.max_step else ""
+        return f"going: {steps}" + (f", about {left} of training left" if left and run.step < run.max_step else "")
+    return f"stopped at {steps}" if run.state == "stopped" else f"silent since {steps}: killed, or sampling for long"
+
+
+def facts(run: TrainingRun) -> dict[str, str]:
+    """The numbers that one asks for first."""
+    seconds, memory = run.column("seconds")[1], [row["memory"] for row in run.metrics + run.stages if "memory" in row]
+    peak, total = max(filter(is_number, memory), default=0), sum(run.seconds.values())
+    return {
+        "loss": loss_change(run),
+        "loss of held-out clips": held_out_words(run),
+        "time": duration(total) if total else "–",
+        "a step takes": duration(float(np.median(seconds))) if len(seconds) else "–",
+        "memory, peak": f"{peak / 2**30:.2f} GiB" if peak else "–",
+    }
+
+
+def use_command(run: TrainingRun) -> str:
+    """Python that samples with the LoRA, or with the newest checkpoint's."""
+    folder = next(iter([run.folder] if run.has_lora else run.checkpoints[::-1]), None)
+    if folder is None:
+        return ""
+    args, prompts = run.args, [text for text, _ in run.prompts]
+    pipeline, base = PIPELINES.get(run.kind, PIPELINES["text-to-video"]), args.get("pretrained_model_name_or_path")
+    dtype = "float16" if run.settings.get("mixed_precision") == "fp16" else "bfloat16"
+    names = ("height", "width", "num_inference_steps", "guidance_scale")
+    sampling = {"prompt": prompts[0] if prompts else f"{args.get('id_token') or ''} your prompt".strip()}
+    sampling |= {name: args[name] for name in names if args.get(name) is not None}
+    if is_number(args.get("max_num_frames")):
+        sampling["num_frames"] = (int(args["max_num_frames"]) - 1) // 4 * 4 + 1
+    call = "".join(f"    {name}={value!r},\n" for name, value in sampling.items())
+    has_image, image = run.kind == "image-to-video", run.folder / "first_frame.png"
+    if has_image:
+        call += f"    image=load_image({(str(image) if image.is_file() else 'your_image.png')!r}),\n"
+    return (
+        f"import torch\nfrom diffusers import {pipeline}\n"
+        f"from diffusers.utils import export_to_video{', load_image' * has_image}\n\n"
+        f"pipe = {pipeline}.from_pretrained({base or 'the base model'!r}, dtype=torch.{dtype}).to('cuda')\n"
+        f"pipe.load_lora_weights({str(folder)!r})\npipe.vae.enable_tiling()\n"
+        f'video = pipe(\n{call}).frames[0]\nexport_to_video(video, "video.mp4", fps={args.get("fps") or 8})'
+    )
+
+
+def resume_command(run: TrainingRun) -> str:
+    if not run.command:
+        return ""
+    more = "" if "--resume_from_checkpoint" in run.command else " --resume_from_checkpoint latest"
+    processes = run.settings.get("num_processes") or 1
+    return f"accelerate launch --num_processes {processes} {run.command}{more}"
+
+
+def share_command(run: TrainingRun) -> str:
+    """As the script says it when its own upload fails."""
+    names = [LORA_FILE, "README.md", "first_frame.png", *sorted(p.name for p in run.folder.glob("final_video_*.mp4"))]
+    names = [name for name in names if (run.folder / name).is_file()]
+    repo_id = run.args.get("hub_model_id") or run.folder.resolve().name
+    words = ["hf", "upload", str(repo_id), str(run.folder), *(f"--include={name}" for name in names)]
+    return shlex.join(words) if run.has_lora else ""
+
+
+# ---- The page -------------------------------------------------------------------------------------------------------
+
+
+class Markup(str):
+    """HTML that this file made; what runs wrote is escaped."""
+
+
+def escape(value) -> str:
+    return value if isinstance(value, Markup) else html.escape(str(value))
+
+
+def table(heads: list[str], rows: list[list], css: str) -> str:
+    """Cells are escaped; the first one of a row is its name."""
+    lines = ["".join(f"<th scope=col>{escape(cell)}</th>" for cell in heads)]
+    for first, *others in rows:
+        lines.append(f"<th scope=row>{escape(first)}</th>" + "".join(f"<td>{escape(cell)}</td>" for cell in others))
+    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="wide"><table class="{css}">{body}</table></div>'
+
+
+def smoothed(losses: np.ndarray, window: int) -> np.ndarray:
+    """Running mean over `window` steps around each step."""
+    ones = np.ones(min(window, len(losses)))
+    return np.convolve(losses, ones, "same") / np.convolve(np.ones(len(losses)), ones, "same")
+
+
+def curve(steps: list[int], values: np.ndarray, **look) -> dict:
+    every = math.ceil(len(steps) / POINT_LIMIT) or 1
+    return {"x": steps[::every], "y": [float(f"{value:.5g}") for value in values[::every]]} | look
+
+
+def plots(runs: list[TrainingRun]) -> list[dict]:
+    """Of loss, learning rate, gradient norm and seconds: title and traces, as plotly takes them."""
+    titles = {"loss": "Loss", "lr": "Learning rate", "grad_norm": "Gradient norm", "seconds": "Seconds a step"}
+    found = []
+    for column, title in titles.items():
+        traces = [trace for index in range(len(runs)) for trace in traces_of(runs, index, column)]
+        found += [{"name": column, "title": title, "traces": traces}] if traces else []
+    return found
+
+
+def traces_of(runs: list[TrainingRun], index: int, column: str) -> list[dict]:
+    """Curves of one run: of the loss each step, its mean and the held-out clips' loss; else one."""
+    run, color = runs[index], COLORS[index % len(COLORS)]
+    name = f"{escape(run.name)} " if len(runs) > 1 else ""
+    look = {"mode": "lines", "line": {"color": color, "width": 2}}
+    look |= {"legendgroup": str(index)} if name else {}
+    steps, values = run.column(column)
+    if column != "loss":
+        return [curve(steps, values, **look, name=name or column)] if steps else []
+    traces, window = [], max(5, len(steps) // 15)
+    if steps:
+        faint = {"opacity": 0.3, "line": {"color": color, "width": 1}, "showlegend": not name}
+        traces.append(curve(steps, values, **look | faint, name=f"{name}each step"))
+        traces.append(curve(steps, smoothed(values, window), **look, name=f"{name}mean of {window} steps"))
+    steps, values = run.column("validation/loss")
+    if steps:
+        dots = {"mode": "lines+markers", "line": {"color": color, "width": 2, "dash": "dot"}}
+        dots["marker"] = {"size": 8, "symbol": "diamond"}
+        traces.append(curve(steps, values, **look | dots, name=f"{name}held-out clips"))
+    return traces
+
+
+def chosen_videos(runs: list[TrainingRun]) -> tuple[dict[str, bytes], list[int]]:
+    """The videos of the page by run/step/prompt/number, and the steps that are left out. The first and the last step
+    of each run are kept, and of the others the newest, up to VIDEO_LIMIT."""
+    files: dict[int, dict[str, bytes]] = {}
+    kept = set()
+    for index, run in enumerate(runs):
+        for (step, prompt, number), path in run.videos.items():
+            content = path.read_bytes() if path.is_file() else b""
+            if b"moov" in content:  # its table of frames, which is written last
+                files.setdefault(step, {})[f"{index}/{step}/{prompt}/{number}"] = content
+        own = [step for step, found in files.items() if any(key.startswith(f"{index}/") for key in found)]
+        kept |= {min(own), max(own)} if own else set()
+    sizes = {step: sum(map(len, found.values())) for step, found in files.items()}
+    total = sum(sizes[step] for step in kept)
+    for step in sorted(files.keys() - kept, reverse=True):
+        if (total := total + sizes[step]) > VIDEO_LIMIT:
+            break
+        kept.add(step)
+    videos = {key: content for step in sorted(kept) for key, content in files[step].items()}
+    return videos, sorted(files.keys() - kept)
+
+
+def start_image(run: TrainingRun, prompt: int) -> str:
+    """The start image of a prompt as a `figure`, cropped as the script crops it, if it is on this machine."""
+    path, card_image = run.prompts[prompt][1], run.folder / "first_frame.png"
+    if path is None:
+        return ""
+    shown = f'<p class="gone">not on this machine: {escape(path)}</p>'
+    for candidate in [Path(path), *([card_image] if prompt == 0 else [])]:
+        try:
+            image = ImageOps.exif_transpose(Image.open(candidate)).convert("RGB")
+        except (OSError, ValueError, Image.DecompressionBombError):
+            continue
+        height, width = (size if is_number(size := run.args.get(name)) else 1 for name in ("height", "width"))
+        if width > 1 and run.args.get("video_reshape_mode") != "stretch":
+            image = ImageOps.fit(image, (int(width), int(height)), Image.Resampling.BICUBIC)
+        image.thumbnail((720, 720))
+        image.save(buffer := io.BytesIO(), "JPEG", quality=90)
+        shown = f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+        break
+    return f'<figure class="start">{shown}<figcaption>start image</figcaption></figure>'
+
+
+def video_cells(runs: list[TrainingRun], members: list[tuple[int, int]], number: int, videos: dict) -> list[str]:
+    """Of one prompt: first the videos before training (one, where the runs have the same), then one of each run that
+    follows the slider."""
+    before, after, seen = [], [], set()
+    cell = '<figure><video muted playsinline preload="auto" {}></video><figcaption>{}</figcaption></figure>'
+    for index, prompt in members:
+        keys = [key for key in videos if re.fullmatch(rf"{index}/\d+/{prompt}/{number}", key)]
+        if not keys:
+            continue
+        name, steps = runs[index].name if len(runs) > 1 else "", [int(key.split("/")[1]) for key in keys]
+        color, path = COLORS[index % len(COLORS)], f'data-run="{index}" data-prompt="{prompt}" data-number="{number}"'
+        if len(keys) > 1 and videos[keys[0]] not in seen:
+            words = "before training" if steps[0] == 0 else f"step {steps[0]}, the first"
+            before.append(cell.format(f'{path} data-steps="[{steps[0]}]"', words))
+            seen.add(videos[keys[0]])
+        words = f'<b style="color:{color}">{escape(name)}</b> <span class="step"></span>'
+        after.append(cell.format(f'{path} data-steps="{steps}"', words))
+    return before + after
+
+
+def videos_section(runs: list[TrainingRun], videos: dict[str, bytes], left_out: list[int]) -> str:
+    groups: dict[tuple, list[tuple[int, int]]] = {}
+    for index, run in enumerate(runs):
+        for prompt, key in enumerate(run.prompts):
+            groups.setdefault(key, []).append((index, prompt))
+    shown = []
+    for (text, _), members in groups.items():
+        image, rows = start_image(runs[members[0][0]], members[0][1]), []
+        for number in sorted({int(key.split("/")[3]) for key in videos}):
+            if cells := video_cells(runs, members, number, videos):
+                rows.append(f'<div class="row">{image}{"".join(cells)}</div>')
+        if rows:
+            shown.append(f"<h3>“{escape(text)}”</h3>{''.join(rows)}")
+    if not shown:
+        return ""
+    steps = sorted({int(key.split("/")[1]) for key in videos})
+    note = ""
+    if left_out:
+        words = f"the videos of {len(left_out)} steps between {left_out[0]} and {left_out[-1]}"
+        note = f"<p class=note>Left out, since the page would be too large: {words}. They are in validation/.</p>"
+    slider = f'<input id="slider" type="range" min="0" max="{len(steps) - 1}" value="{len(steps) - 1}" list="marks"'
+    marks = "".join(f"<option value={index}></option>" for index in range(len(steps)))
+    return (
+        f'<section id="videos"><h2>Videos</h2><div class="controls"><button id="play">Pause</button>'
+        f'{slider} aria-label="step"><datalist id="marks">{marks}</datalist>'
+        f'<output id="step"></output></div>{note}{"".join(shown)}</section>'
+    )
+
+
+def time_section(run: TrainingRun) -> str:
+    total = sum(run.seconds.values())
+    rows = []
+    for name, seconds in run.seconds.items():
+        own = [row for row in run.stages if row.get("stage") == name] if name != "training" else run.metrics
+        peak = max((row["memory"] for row in own if is_number(row.get("memory"))), default=0)
+        number = len(run.column("seconds")[0]) if name == "training" else len(own)
+        times = f"{number} {'step' if name == 'training' else 'time'}{'s' * (number != 1)}"
+        bar = Markup(f'<i class="bar" style="width:{seconds / total:.1%}"></i>')
+        rows.append([name, bar, f"{seconds / total:.0%}", duration(seconds), times])
+        rows[-1].append(f"{peak / 2**30:.2f} GiB" if peak else "–")
+    if not rows:
+        return ""
+    note = "<p class=note>Memory is the device's; of a run on the CPU, the whole process's.</p>"
+    heads = ["stage", "", "share", "time", "", "memory, peak"]
+    return f"<h3>Time</h3>{table(heads, rows, 'numbers')}{note}"
+
+
+def log_section(run: TrainingRun) -> str:
+    found = Counter((level, message) for _, level, message in run.log if level not in ("INFO", "DEBUG"))
+    last = {(level, message): moment for moment, level, message in run.log}
+    entries = [
+        f'<li class="{escape(key[0].lower())}"><small>{escape(last[key])} {escape(key[0])}'
+        f"{f', {times} times' if times > 1 else ''}</small><pre>{escape(key[1])}</pre></li>"
+        for key, times in list(found.items())[-100:]
+    ]
+    words = f"<ul class=log>{''.join(entries)}</ul>" if entries else "<p>No warning and no error.</p>"
+    return f"<h3>Warnings and errors of the log</h3>{words}" if run.log else ""
+
+
+def commands_section(run: TrainingRun) -> str:
+    resume = "To resume it, with the same --config_file, if there was one"
+    resume += "; for more training, with a larger --max_train_steps or --num_train_epochs"
+    commands = {"To use the LoRA": use_command(run), resume: resume_command(run)}
+    commands["To share it, after hf auth login"] = share_command(run)
+    shown = [
+        f'<h4>{escape(title)}</h4><div class="command"><button class="copy">Copy</button>'
+        f"<pre>{escape(text)}</pre></div>"
+        for title, text in commands.items()
+        if text
+    ]
+    return f"<h3>Commands</h3>{''.join(shown)}" if shown else ""
+
+
+def pairs(values: dict, css: str = "pairs") -> str:
+    """Names and values side by side, without those that say nothing."""
+    shown = {name: plain(value) for name, value in values.items() if value not in (None, False, "")}
+    cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in shown.items())
+    return f"<dl class={css}>{cells}</dl>"
+
+
+def settings_section(run: TrainingRun) -> str:
+    flags = f"<details><summary>All flags</summary>{pairs(run.args)}</details>" if run.args else ""
+    settings = pairs(run.settings) if run.settings else ""
+    return f"<h3>Settings</h3>{settings}{flags}" if settings or flags else ""
+
+
+def plain(value) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else "–" if value is None else str(value)
+
+
+def comparison(runs: list[TrainingRun]) -> str:
+    """A column a run: how it went, and the settings that differ."""
+    rows = [["state", *map(state_words, runs)]]
+    rows += [[name, *(facts(run)[name] for run in runs)] for name in facts(runs[0])]
+    settings = [{n: v for n, v in (run.args | run.settings).items() if n not in NOT_SETTINGS} for run in runs]
+    names = sorted({name for values in settings for name in values})
+    differing = [[name, *(plain(values.get(name)) for values in settings)] for name in names]
+    differing = [row for row in differing if len(set(row[1:])) > 1]
+    same = "<p>The settings are the same.</p>"
+    heads = ["", *(run.name for run in runs)]
+    found = table(heads, differing, "differing") if differing else same
+    return f"<h2>Results</h2>{table(heads, rows, 'results')}<h2>Settings that differ</h2>{found}"
+
+
+def head(run: TrainingRun) -> str:
+    base, token = run.args.get("pretrained_model_name_or_path"), run.args.get("id_token")
+    clips, rank = (run.settings.get(name) for name in ("num_clips", "rank"))
+    about = [f"Base model {escape(Path(base).name if Path(base).is_absolute() else base)}"] if base else []
+    about += [f"{escape(clips)} clips"] if clips else []
+    about += [f"rank {escape(rank)}"] if rank else []
+    about += [f"trigger word <b>{escape(token)}</b>"] if token else []
+    part = run.step / run.max_step if run.max_step else 0
+    bar = f'<progress max="1" value="{min(part, 1):.4f}"></progress>' if part and run.state != "finished" else ""
+    figures = {name: text for name, text in facts(run).items() if text != "–"}
+    last = run.log[-1][2] if run.log and run.state != "finished" else ""
+    why = f'<pre class="why">{escape(run.stop or last)}</pre>' if run.stop or last else ""
+    use = "".join(line for line in use_command(run).splitlines() if line.startswith("pipe.load_lora"))
+    use = use and f'<p>To use it: <code>{escape(use)}</code> (<a href="#details">all commands</a>)</p>'
+    about = f"A LoRA for {escape(run.kind or 'CogVideoX')}." + (f" {', '.join(about)}." if about else "")
+    return (
+        f"<h1>{escape(run.name)}</h1><p class=about>{about}</p>"
+        f'<p class="state {run.state}">{escape(state_words(run))}</p>{bar}{why}{pairs(figures, "figures")}{use}'
+    )
+
+
+def page(runs: list[TrainingRun], reload_seconds: int | None) -> str:
+    """The whole page. What the runs wrote is escaped, and the page's own policy forbids it every request."""
+    from plotly.offline import get_plotlyjs
+
+    (videos, left_out), drawn = chosen_videos(runs), plots(runs)
+    details = []
+    for run in runs:
+        text = time_section(run) + log_section(run) + commands_section(run) + settings_section(run)
+        many = f"<details class=run><summary>{escape(run.name)}</summary>{text}</details>"
+        details.append(many if len(runs) > 1 else text)
+    curves = "".join(f'<div class="plot" id="plot-{plot["name"]}"></div>' for plot in drawn)
+    log = '<label><input type="checkbox" id="log"> logarithmic loss</label>'
+    title = " and ".join(run.name for run in runs)
+    many = f"<h1>{len(runs)} runs</h1><p class=about>{escape(title)}</p>{comparison(runs)}"
+    data = {"plots": drawn, "videos": {key: base64.b64encode(content).decode() for key, content in videos.items()}}
+    parts = {
+        "title": escape(title),
+        "refresh": f'<meta http-equiv="refresh" content="{reload_seconds}">' if reload_seconds else "",
+        "head": head(runs[0]) if len(runs) == 1 else many,
+        "videos": videos_section(runs, videos, left_out),
+        "curves": f"<section id=curves><h2>Curves</h2>{log}<div class=plots>{curves}</div></section>" if drawn else "",
+        "details": "".join(details),
+        "written": datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S"),
+        "data": json.dumps(data).replace("<", "\\u003c"),
+        "plotly": get_plotlyjs() if drawn else "",
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8"))
+
+
+# ---- The terminal, and a picture for documents ----------------------------------------------------------------------
+
+
+def loss_bars(losses: np.ndarray, width: int = 60) -> str:
+    """The loss over the steps as a row of bars, from the lowest mean to the highest."""
+    means = np.array([part.mean() for part in np.array_split(losses, min(width, len(losses)))])
+    levels = (means - means.min()) / max(means.max() - means.min(), 1e-12) * (len(BARS) - 1)
+    return "".join(BARS[level] for level in levels.round().astype(int))
+
+
+def size(path: Path) -> str:
+    return f"{path.stat().st_size / 1024:,.0f} KiB"
+
+
+def summary(run: TrainingRun) -> str:
+    """What the terminal shows of a run."""
+    lines, losses = [f"\n{run.folder}: {state_words(run)}"], run.column("loss")[1]
+    if run.stop:
+        lines.append(f"  {run.stop.splitlines()[0]}")
+    if len(losses):
+        first, last = first_and_last(losses)
+        lines.append(f"Loss over {len(losses)} steps   {loss_bars(losses)}")
+        lines.append(f"  first fifth {first:.4f}, last fifth {last:.4f} ({last / max(first, 1e-12) - 1:+.1%})")
+    if run.column("validation/loss")[0]:
+        lines.append(f"Loss of held-out clips: {held_out_words(run)}")
+    if run.seconds:
+        lines.append("Time          " + ", ".join(f"{name} {duration(s)}" for name, s in run.seconds.items()))
+    if problems := Counter(level for _, level, _ in run.log if level not in ("INFO", "DEBUG")):
+        lines.append("Log           " + ", ".join(f"{number} {level}" for level, number in problems.items()))
+    named = {"Every step": [run.folder / "metrics.jsonl"], "LoRA": [run.folder / LORA_FILE]}
+    last_step = max((step for step, _, _ in run.videos), default=0)
+    named["Validation"] = [path for (step, _, _), path in sorted(run.videos.items()) if step == last_step]
+    named["Model card"] = [run.folder / "README.md"]
+    for name, paths in named.items():
+        lines += [f"{name:14}{path} ({size(path)})" for path in paths if path.is_file()]
+    return "\n".join(lines + [f"{'Checkpoint':14}{path}" for path in run.checkpoints])
+
+
+def draw_loss(run: TrainingRun) -> Image.Image:
+    """The loss over the steps and its running mean."""
+    steps, losses = run.column("loss")
+    low, high = losses.min(), max(losses.max(), losses.min() + 1e-12)
+    left, right, top, bottom = 80, 940, 30, 260
+    picture = Image.new("RGB", (960, 310), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(15)
+    for height, value in ((top, high), (bottom, low)):
+        draw.line([(left, height), (right, height)], "#dddddd")
+        draw.text((left - 8, height), f"{value:.3g}", "#555555", font, anchor="rm")
+    for side, anchor, step in ((left, "lm", steps[0]), (right, "rm", steps[-1])):
+        draw.text((side, bottom + 22), f"step {step}", "#555555", font, anchor=anchor)
+    words = f"loss: {loss_change(run).replace('→', 'to')}"  # the font has no arrow
+    draw.text(((left + right) / 2, bottom + 22), words, "black", font, anchor="mm")
+    x = np.interp(steps, [steps[0], max(steps[-1], steps[0] + 1)], [left, right])
+    for values, color, width in ((losses, "#c4d8f3", 1), (smoothed(losses, max(5, len(steps) // 15)), COLORS[0], 3)):
+        y = bottom - (values - low) / (high - low) * (bottom - top)
+        draw.line(list(zip(x, y, strict=True)), color, width)
+    return picture
+
+
+def contact_sheet(video: Path, label: str, columns: int = 5, width: int = 960) -> Image.Image:
+    """Frames spread over the video, side by side, under a line of text."""
+    import decord
+
+    reader = decord.VideoReader(str(video))
+    indices = np.linspace(0, len(reader) - 1, min(columns, len(reader))).round().astype(int).tolist()
+    sheet = Image.fromarray(np.concatenate(list(reader.get_batch(indices).asnumpy()), axis=1))  # [H, W * columns, C]
+    kind = Image.Resampling.NEAREST if sheet.width < width else Image.Resampling.LANCZOS  # of a tiny model
+    sheet = sheet.resize((width, round(sheet.height * width / sheet.width)), kind)
+    picture = Image.new("RGB", (width, sheet.height + 26), "white")
+    picture.paste(sheet, (0, 26))
+    ImageDraw.Draw(picture).text((0, 13), label, "black", ImageFont.load_default(15), anchor="lm")
+    return picture
+
+
+def draw_picture(run: TrainingRun, path: Path) -> None:
+    """The loss, then each prompt before training and after it, as a PNG of at most PICTURE_LIMIT bytes."""
+    images = [draw_loss(run)] if run.column("loss")[0] else []
+    for prompt, (text, _) in enumerate(run.prompts):
+        steps = sorted(step for step, of, number in run.videos if (of, number) == (prompt, 0))
+        for step in dict.fromkeys(steps[:1] + steps[-1:]):
+            label = f"{text}: {f'step {step}' if step else 'before training'}"
+            images.append(contact_sheet(run.videos[step, prompt, 0], label))
+    if not images:
+        sys.exit(f"report.py: error: {run.folder} has neither losses nor videos to draw")
+    picture = Image.new("RGB", (960, sum(image.height + 10 for image in images)), "white")
+    top = 0
+    for image in images:
+        picture.paste(image, (0, top))
+        top += image.height + 10
+    for width in range(960, 200, -80):
+        small = picture.resize((width, picture.height * width // 960), Image.Resampling.LANCZOS)
+        small.quantize(128).save(path, "PNG", optimize=True)
+        if path.stat().st_size <= PICTURE_LIMIT:
+            break
+
+
+def write_page(folders: list[Path], path: Path, reload_seconds: int | None = None) -> list[TrainingRun]:
+    """Read the runs and write the page, complete or not at all; it is reloaded while a run is going."""
+    runs = [read_run(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
+    is_over = all(run.state in ("finished", "stopped") for run in runs)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(page(runs, None if is_over else reload_seconds), encoding="utf-8")
+    os.replace(partial, path)
+    return runs
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="+", metavar="OUTPUT_DIR", help="--output_dir of a run")
+    every = "write the page every N seconds (30), and let it reload itself, until the runs have ended"
+    parser.add_argument("--watch", type=int, nargs="?", const=30, metavar="N", help=every)
+    parser.add_argument("--page", type=Path, metavar="FILE", help="default: report.html in the first folder")
+    drawn = "a PNG of the first run's loss and of its videos before and after training"
+    parser.add_argument("--picture", type=Path, metavar="FILE", help=drawn)
+    args = parser.parse_args(argv)
+    if importlib.util.find_spec("plotly") is None:
+        print("report.py: error: the curves need plotly: pip install plotly", file=sys.stderr)
+        sys.exit(2)
+    path = args.page or args.folders[0] / "report.html"
+    runs = write_page(args.folders, path, args.watch)
+    print("\n".join(map(summary, runs)))
+    if args.picture:
+        draw_picture(runs[0], args.picture)
+    print(f"\nReport        {path} ({size(path)}): open it in a browser", flush=True)
+    try:
+        while args.watch and any(run.state in ("going", "silent") for run in runs):
+            time.sleep(args.watch)
+            runs = write_page(args.folders, path, args.watch)
+            moment = datetime.datetime.now().strftime("%H:%M:%S")
+            print(f"{moment} " + "; ".join(f"{run.name} {state_words(run)}" for run in runs), flush=True)
+    except KeyboardInterrupt:
+        write_page(args.folders, path)
+
+
+if __name__ == "__main__":
+    main()
