@@ -2,8 +2,9 @@
 
     python tests/tiny.py FOLDER [--kind i2v]
 
-writes what the demo needs: FOLDER/model, whose transformer was trained for a minute to make squares in four colors,
-and FOLDER/clips, with white squares that it has not seen; for image-to-video also FOLDER/images, with first frames.
+writes what the demo needs: FOLDER/model, whose transformer was trained for a minute to make squares that move right or
+left, and FOLDER/clips, of a smiley, which it has never seen, that also moves up and down; for image-to-video also
+FOLDER/images, with first frames.
 """
 
 import argparse
@@ -26,7 +27,10 @@ from transformers import T5Config, T5EncoderModel
 COLORS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 80, 230), "yellow": (230, 210, 40)}
 WHITE = {"white": (235, 235, 235)}
 WAYS = ("right", "left", "down", "up")
-SENTENCES = [f"a {color} square moves {way}" for color in COLORS | WHITE for way in WAYS]
+THINGS = [*(f"{color} square" for color in COLORS | WHITE), "smiley"]
+SENTENCES = [f"a {thing} moves {way}" for thing in THINGS for way in WAYS]
+SMILEY = ("..####..", ".######.", "##.##.##", "##.##.##", "########", "#.####.#", ".#....#.", "..####..")
+SQUARE = ("#####",) * 5
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -188,6 +192,20 @@ def moving_square(num_frames: int, height: int, width: int, color=(220, 40, 40),
     return frames
 
 
+def moving_sprite(num_frames: int, way: str, sprite: tuple[str, ...] = SMILEY, color=(250, 210, 60)) -> np.ndarray:
+    """Pixel art that moves once across a dark frame of 96 x 144: uint8 [F, H, W, C]. Its pixels are those of the tiny
+    VAE's latents, 8 x 8, and it stands still within a latent frame: so nothing is lost in encoding."""
+    frames, shape = np.full((num_frames, 12, 18, 3), 24, dtype=np.uint8), np.array([[*row] for row in sprite]) == "#"
+    room = np.array([12, 18]) - shape.shape
+    for index, frame in enumerate(frames):
+        part = (index + 3) // 4 / ((num_frames - 1) // 4)
+        part = 1 - part if way in ("left", "up") else part
+        moves = np.array([way in ("down", "up"), way in ("left", "right")])
+        top, left = np.where(moves, np.round(part * room), room // 2).astype(int)
+        frame[top : top + len(shape), left : left + len(shape[0])][shape] = color
+    return frames.repeat(8, axis=1).repeat(8, axis=2)
+
+
 def write_clip(path: Path, frames: np.ndarray, fps: float = 8) -> Path:
     """Write uint8 [F, H, W, C] as H.264. (Lossy, 4:2:0: decoded pixels are close to these, not equal.)"""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -248,7 +266,8 @@ def pretrain(
         for caption, frames in videos:
             pixels = torch.from_numpy(frames).permute(3, 0, 1, 2)[None] / 127.5 - 1  # [1, C, F, H, W]
             latents.append(pipe.vae.encode(pixels).latent_dist.mean.permute(0, 2, 1, 3, 4))  # [1, f, c, h, w]
-            embeds.append(pipe.encode_prompt(caption, None, False, max_sequence_length=32)[0])  # [1, S, D]
+            limit = {"max_sequence_length": config.max_text_seq_length}
+            embeds.append(pipe.encode_prompt(caption, None, False, **limit)[0])  # [1, S, D]
         latents = torch.cat(latents)  # [16, f, c, h, w]
         images = latents[:, :1] / scale if pipe.vae.config.invert_scale_latents else latents[:, :1] * scale
         padding = -latents.shape[1] % (config.patch_size_t or 1)  # 1.5: copies of the first frame, before it
@@ -257,6 +276,10 @@ def pretrain(
         ofs = {"ofs": torch.tensor([2.0])} if config.ofs_embed_dim else {}
         height, width = videos[0][1].shape[1:3]
         rotary = pipe._prepare_rotary_positional_embeddings(height, width, latents.shape[1], latents.device)
+    if not config.patch_size_t:  # it starts as a model that returns its input: half of the way
+        into, out = transformer.patch_embed.proj.weight, transformer.proj_out.weight
+        torch.nn.init.orthogonal_(into.view(len(into), -1))  # [D, channels * p * p]
+        out.data.copy_(into.data[:, : config.out_channels].flatten(1).T / 2)
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     torch.manual_seed(0)
@@ -289,16 +312,23 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kind", choices=["t2v", "i2v"], default="t2v")
-    parser.add_argument("--steps", type=int, default=600, help="training steps of the base model")
+    parser.add_argument("--steps", type=int, default=700, help="training steps of the base model")
     arguments = parser.parse_args()
     print(f"Making a tiny CogVideoX ({arguments.kind}) and four clips in {arguments.folder}", flush=True)
-    size = {"num_attention_heads": 4, "num_layers": 3, "time_embed_dim": 64, "max_text_seq_length": 32}
+    size = {"num_attention_heads": 4, "attention_head_dim": 32, "num_layers": 3, "time_embed_dim": 64}
+    size |= {"patch_size": 3, "sample_height": 12, "sample_width": 18, "sample_frames": 17, "max_text_seq_length": 28}
     learned = {"use_learned_positional_embeddings": arguments.kind == "i2v"}
-    make_model(arguments.folder / "model", arguments.kind, **size, **learned)
-    pretrain(arguments.folder / "model", arguments.steps)
-    make_clips(arguments.folder / "clips", colors=WHITE)
-    if arguments.kind == "i2v":
-        (arguments.folder / "images").mkdir(exist_ok=True)
-        for way in WAYS:
-            frames = moving_square(9, 64, 96, WHITE["white"], way)
+    model = make_model(arguments.folder / "model", arguments.kind, **size, **learned)
+    squares = [
+        (f"a {color} square moves {way}", moving_sprite(17, way, SQUARE, COLORS[color]))
+        for color in COLORS
+        for way in ("right", "left")
+    ]
+    pretrain(model, arguments.steps, batch_size=8, learning_rate=3e-3, videos=squares)
+    for way in WAYS:
+        frames = moving_sprite(17, way)
+        write_clip(arguments.folder / "clips" / f"{way}.mp4", frames)
+        (arguments.folder / "clips" / f"{way}.txt").write_text(f"a smiley moves {way}\n")
+        if arguments.kind == "i2v":
+            (arguments.folder / "images").mkdir(exist_ok=True)
             Image.fromarray(frames[0]).save(arguments.folder / "images" / f"{way}.png")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The training of `make demo`: a LoRA of a tiny model (KIND t2v or i2v) on a few clips of moving squares.
+# The training of `make demo`: a LoRA of a tiny model (KIND t2v or i2v) on four clips of a smiley.
 # DEMO is the folder that has model/, clips/ and, for i2v, images/. The result is written to its output/.
 set -euo pipefail
 
@@ -18,12 +18,10 @@ fi
 accelerate launch --quiet --config_file "$config" --num_cpu_threads_per_process "$(nproc)" "$script" \
     --pretrained_model_name_or_path "$DEMO/model" \
     --instance_data_root "$DEMO/clips" \
-    --caption_column prompts.txt \
-    --video_column videos.txt \
-    --validation_prompt "a white square moves right:::a white square moves down" \
+    --validation_prompt "a smiley moves right:::a smiley moves down" \
     ${images[@]+"${images[@]}"} \
-    --height 64 --width 96 --max_num_frames 9 --fps 8 \
-    --rank 16 --lora_alpha 16 --learning_rate 2e-2 --lr_scheduler cosine --lr_warmup_steps 20 \
-    --train_batch_size 4 --max_train_steps 500 --optimizer adamw --mixed_precision no \
+    --height 96 --width 144 --max_num_frames 17 --fps 8 \
+    --rank 32 --lora_alpha 32 --learning_rate 2e-2 --lr_scheduler cosine --lr_warmup_steps 20 \
+    --train_batch_size 4 --max_train_steps 1000 --validation_steps 250 --optimizer adamw --mixed_precision no \
     --num_inference_steps 25 --guidance_scale 1 --seed 42 \
     --output_dir "$DEMO/output"
