@@ -39,7 +39,7 @@ demo: $(VENV)/.installed
 	rm -rf $(DEMO)
 	$(BIN)/python tests/tiny.py $(DEMO) --kind $(KIND)
 	DEMO=$(DEMO) KIND=$(KIND) PATH="$(CURDIR)/$(BIN):$$PATH" bash tools/demo.sh
-	$(BIN)/python tools/report.py $(DEMO)/output
+	$(BIN)/python tools/report.py $(DEMO)/smiley
 
 clean:
 	rm -rf $(VENV) $(DEMO)

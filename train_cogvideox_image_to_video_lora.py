@@ -6,7 +6,7 @@ One GPU (settings as published; a clip's own first frame is the image that it is
         train_cogvideox_image_to_video_lora.py \\
         --pretrained_model_name_or_path THUDM/CogVideoX-5b-I2V --mixed_precision bf16 \\
         --instance_data_root my_clips --caption_column prompts.txt --video_column videos.txt \\
-        --rank 64 --lora_alpha 64 --learning_rate 1e-3 --train_batch_size 1 --num_train_epochs 30 \\
+        --rank 64 --lora_alpha 64 --learning_rate 1e-3 --train_batch_size 1 --max_train_steps 2000 \\
         --gradient_checkpointing --enable_slicing --enable_tiling --seed 42 --output_dir my_lora
 
 Eight GPUs: the same with --config_file accelerate_configs/multi_gpu.yaml --num_processes 8; see scripts/ for several

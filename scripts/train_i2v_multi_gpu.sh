@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Image-to-video LoRA on all GPUs of this machine. It runs train_i2v_single_gpu.sh, so all its settings apply here too:
 #   DATA=~/my_clips PROMPTS="TOK a boat" IMAGES=boat.png GPUS=4 bash scripts/train_i2v_multi_gpu.sh
-# A step learns from --train_batch_size clips of each GPU: with N GPUs an epoch has N times fewer steps (raise EPOCHS).
+# A step learns from --train_batch_size clips of each GPU: with N GPUs fewer STEPS are enough.
 # It resumes from the newest checkpoint in OUTPUT, or starts from scratch where there is none. If a process fails, the
 # launcher ends the others and starts all of them again, RESTARTS times at most.
 # Flags given to this script are passed on and take precedence.

@@ -11,7 +11,7 @@ MIXED_PRECISION=${MIXED_PRECISION:-bf16}       # the dtype that it was trained i
 DATA=${DATA:?set DATA to the folder of prompts.txt, videos.txt and the clips}
 OUTPUT=${OUTPUT:-cogvideox-i2v-lora}
 RANK=${LORA_RANK:-64}
-EPOCHS=${EPOCHS:-30}
+STEPS=${STEPS:-2000}                           # for 25 clips; 4000 for 100
 ID_TOKEN=${ID_TOKEN-TOK}                       # trigger word, put before every caption; empty: none
 PROMPTS=${PROMPTS:-}                           # validation prompts, joined by :::; write the trigger word into them
 IMAGES=${IMAGES:-}                             # a start image for each of them, joined by :::
@@ -25,7 +25,7 @@ if [ -n "$ID_TOKEN" ]; then
     optional+=(--id_token "$ID_TOKEN")
 fi
 if [ -n "$PROMPTS" ]; then
-    optional+=(--validation_prompt "$PROMPTS" --validation_images "$IMAGES" --validation_epochs 10)
+    optional+=(--validation_prompt "$PROMPTS" --validation_images "$IMAGES" --validation_steps 250)
 fi
 
 # shellcheck disable=SC2086
@@ -36,7 +36,7 @@ exec bash "$here/scripts/launch.sh" --config_file "$CONFIG" $LAUNCH --mixed_prec
     --height 480 --width 720 --max_num_frames 49 --fps 8 \
     --rank "$RANK" --lora_alpha "$RANK" \
     --optimizer adamw --learning_rate 1e-3 --lr_scheduler cosine_with_restarts --lr_warmup_steps 200 \
-    --train_batch_size 1 --num_train_epochs "$EPOCHS" \
+    --train_batch_size 1 --max_train_steps "$STEPS" \
     --gradient_checkpointing --enable_slicing --enable_tiling --allow_tf32 \
     --checkpointing_steps 500 --checkpoints_total_limit 3 --dataloader_num_workers 2 --seed 42 \
     ${optional[@]+"${optional[@]}"} \

@@ -26,6 +26,8 @@ os.environ |= {
     "WANDB_SILENT": "true",
     "TOKENIZERS_PARALLELISM": "false",
 }
+# A shell starts a job in the background with SIGINT ignored, and programs inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / folder) for folder in ("", "tests", "tools", "benchmarks")]
 

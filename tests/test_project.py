@@ -24,7 +24,9 @@ from conftest import BOTH, ROOT, SCRIPTS, Child, reset_accelerate
 from PIL import Image
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+TEXTS = README + "".join(page.read_text() for page in PAGES)
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXTS, flags=re.DOTALL)
 BASH = [block for language, block in BLOCKS if language == "bash"]
 FLAGS = [block for block in BASH if block.startswith("flags=(")]
 (TRAIN,) = [block for block in BASH if "train=(" in block]
@@ -104,13 +106,14 @@ def test_other_commands_exist():
     others -= {line for block in LAUNCHES.values() for line in block.splitlines()}
     made = {"make demo", "make demo KIND=i2v", "make test", "make test-slow"}
     made_elsewhere = {"pip install -r requirements.txt", "uv run train_cogvideox_lora.py --help"}
-    assert others == made | made_elsewhere | {'python tools/plan.py "${train[@]}" --gpu 4090'}
+    tools = ['plan.py "${train[@]}" --gpu 4090', 'preview_data.py "${train[@]}"', "report.py my_lora"]
+    assert others == made | made_elsewhere | {f"python tools/{tool}" for tool in tools}
     makefile = (ROOT / "Makefile").read_text()
     assert all(re.search(rf"^{command.split()[1]}:", makefile, re.M) for command in made)
     assert "make test" in (ROOT / ".ci" / "run").read_text()
-    for path in re.findall(r"`((?:tools|tests|benchmarks|scripts|accelerate_configs)/[\w./]+)`", README):
+    for path in re.findall(r"`((?:tools|tests|benchmarks|scripts|accelerate_configs)/[\w./]+)`", TEXTS):
         assert (ROOT / path).exists(), path
-    for command in re.findall(r"`python (\S+\.py)", README):
+    for command in re.findall(r"`python (\S+\.py)", TEXTS):
         assert (ROOT / command).is_file(), command
 
 
@@ -132,7 +135,7 @@ def test_the_readmes_command_plans_the_run(models, start_images, capsys, name):
 def test_flags_in_the_readme_exist():
     sources = "".join((ROOT / f"{name}.py").read_text() for name in SCRIPTS)
     declared = set(re.findall(r'add\("(--\w+)"', sources))
-    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    prose = re.sub(r"```.*?```", "", TEXTS, flags=re.DOTALL)
     elsewhere = {"--help", "--paper", "--picture", "--max_restarts", "--rdzv_backend", "--requeue", "--counted"}
     assert set(re.findall(r"--\w+", prose)) - elsewhere <= declared
 
@@ -161,8 +164,16 @@ def test_the_command_for_a_clip_that_decord_cannot_read(tmp_path):
 
 
 def test_readme_is_short_and_its_pictures_exist():
-    assert README.count("\n") < 300
+    assert README.count("\n") <= 250
     assert all((ROOT / path).is_file() for path in re.findall(r"!\[.*?\]\((.*?)\)", README))
+
+
+def test_each_page_of_docs_is_linked_once():
+    linked = [link.split("#")[0] for link in re.findall(r"\]\((docs/.*?\.md.*?)\)", README)]
+    assert sorted(linked) == [f"docs/{page.name}" for page in PAGES]
+    for page in PAGES:
+        links = [link for link in re.findall(r"\]\((.*?)\)", page.read_text()) if not link.startswith("http")]
+        assert all((page.parent / link).is_file() for link in links), links
 
 
 CONFIGS = {  # the launcher's flags that accelerate reads from each

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The training of `make demo`: a LoRA of a tiny model (KIND t2v or i2v) on four clips of a smiley.
-# DEMO is the folder that has model/, clips/ and, for i2v, images/. The result is written to its output/.
+# DEMO is the folder that has model/, clips/ and, for i2v, images/. The result is written to its smiley/.
 set -euo pipefail
 
 case ${KIND:-t2v} in
@@ -24,4 +24,4 @@ accelerate launch --quiet --config_file "$config" --num_cpu_threads_per_process 
     --rank 32 --lora_alpha 32 --learning_rate 2e-2 --lr_scheduler cosine --lr_warmup_steps 20 \
     --train_batch_size 4 --max_train_steps 1000 --validation_steps 250 --optimizer adamw --mixed_precision no \
     --num_inference_steps 25 --guidance_scale 1 --seed 42 \
-    --output_dir "$DEMO/output"
+    --output_dir "$DEMO/smiley"

@@ -402,7 +402,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         found = plan(script, args, own.num_processes, own.gpu)
     except script.RunError as error:
-        sys.exit(f"plan.py: error: {error}")
+        print(f"plan.py: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
     print(json.dumps(found) if own.json else report(found, own.gpu))
 
 
