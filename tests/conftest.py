@@ -157,6 +157,9 @@ def fresh_process_state(tmp_path, monkeypatch):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
     reset_accelerate()
+    # What is alive now (a library that the test imported) costs the collections of the next tests no more time.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

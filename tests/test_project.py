@@ -97,6 +97,8 @@ def test_the_train_and_resume_commands_do_what_the_readme_says(model, models, cl
         script.main(script.get_args([*flags, *replaced, str(steps)]))
         rows.append([json.loads(line) for line in Path("my_lora/metrics.jsonl").read_text().splitlines()])
     assert [row["step"] for row in rows[1]] == [1, 2, 3, 4] and rows[1][:2] == rows[0]  # with the seconds they took
+    load_tool("report").main(["my_lora"])
+    assert "finished after 4 steps" in Path("my_lora/report.html").read_text()
     warnings = [record.getMessage() for record in caplog.records if record.name == script.__name__]
     assert all("--lr_warmup_steps 200 of" in warning for warning in warnings), warnings  # of so few steps
 
@@ -118,7 +120,7 @@ def test_other_commands_exist():
 
 
 @pytest.mark.parametrize("name", ["5b", "5b-i2v"])
-def test_the_readmes_command_plans_the_run(models, start_images, capsys, name):
+def test_the_readmes_commands_preview_and_plan_the_run(models, start_images, capsys, name):
     """With a tiny model in place of the published one, and small clips."""
     assert 'python tools/plan.py "${train[@]}" --gpu 4090' in README
     words = readme_command(name, "one GPU")
@@ -127,16 +129,18 @@ def test_the_readmes_command_plans_the_run(models, start_images, capsys, name):
     model, images = models["i2v" if "i2v" in name else "t2v"], ":::".join(map(str, start_images[:2]))
     words = [str(model) if "THUDM/" in word else images if word.endswith(".png") else word for word in words]
     sizes = ["--height", "64", "--width", "96", "--max_num_frames", "9", "--num_inference_steps", "1"]
+    importlib.import_module("preview_data").main([str(ROOT / words[0]), *words[1:], *sizes])
+    assert "clips      4: 4 of 9 x 64 x 96" in capsys.readouterr().out and Path("my_lora/preview.html").is_file()
     load_tool("plan").main([str(ROOT / words[0]), *words[1:], *sizes, "--gpu", "4090"])
     said = capsys.readouterr().out
-    assert "clips      4 of 9 x 64 x 96" in said and "steps      120 (4 an epoch)" in said and "fits (4090" in said
+    assert "clips      4 of 9 x 64 x 96" in said and "steps      2000 (4 an epoch)" in said and "fits (4090" in said
 
 
 def test_flags_in_the_readme_exist():
     sources = "".join((ROOT / f"{name}.py").read_text() for name in SCRIPTS)
     declared = set(re.findall(r'add\("(--\w+)"', sources))
     prose = re.sub(r"```.*?```", "", TEXTS, flags=re.DOTALL)
-    elsewhere = {"--help", "--paper", "--picture", "--max_restarts", "--rdzv_backend", "--requeue", "--counted"}
+    elsewhere = {"--help", "--paper", "--max_restarts", "--rdzv_backend", "--requeue", "--counted"}
     assert set(re.findall(r"--\w+", prose)) - elsewhere <= declared
 
 

@@ -13,7 +13,6 @@ import pytest
 import report
 import tiny
 from conftest import BOTH, ONLY_I2V
-from PIL import Image
 
 WHEN = "2026-11-27 11:06:4"
 EVIL = '</script></pre><img src="http://127.0.0.1:9/x.png" onerror="window.hacked=1"><b>&amp;'
@@ -283,17 +282,6 @@ def test_watch_ends_with_the_run(tmp_path, monkeypatch, capsys):
     last = (folder / "report.html").read_text()
     assert 'http-equiv="refresh"' not in last and "finished after 6 steps" in last
     assert "run going: step 5 of 6" in (said := capsys.readouterr().out) and "run finished after 6 steps" in said
-
-
-def test_the_picture(tmp_path, capsys):
-    folder = make_run(tmp_path / "run", videos=(0, 3, 6))
-    report.main([str(folder), "--picture", str(tmp_path / "run.png")])
-    assert (tmp_path / "run.png").stat().st_size <= report.PICTURE_LIMIT
-    both = Image.open(tmp_path / "run.png").height
-    shutil.rmtree(folder / "validation")
-    report.main([str(folder), "--picture", str(tmp_path / "loss.png")])
-    assert both > Image.open(tmp_path / "loss.png").height + 2 * 960 * 64 // (5 * 96)
-    capsys.readouterr()
 
 
 def test_without_plotly_one_line_says_so(tmp_path, monkeypatch, capsys):

@@ -1,12 +1,11 @@
 """Write one page about training runs, going, stopped or finished: report.html, which works offline and on a phone.
 
-    python tools/report.py OUTPUT_DIR [OUTPUT_DIR ...] [--watch] [--page FILE.html] [--picture FILE.png]
+    python tools/report.py OUTPUT_DIR [OUTPUT_DIR ...] [--watch] [--page FILE.html]
 
 Reads what the runs left in their output folders; needs no GPU and loads no model. The page has the validation videos
 by step, the curves, the time by stage, the warnings of the log, the settings, and the commands that use, resume and
 share the LoRA. Several folders are compared: their curves in one plot, the settings that differ in a table. --watch
-writes the page again and again until the runs have ended. --picture draws the loss and the videos before and after
-training as a PNG, for a document.
+writes the page again and again until the runs have ended.
 """
 
 import argparse
@@ -29,7 +28,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -39,7 +38,6 @@ STAGES = ("encoding prompts", "encoding videos", "training", "sampling", "saving
 VIDEO_LIMIT = 80 * 10**6  # bytes of videos in a page: more than this takes a browser long to open
 POINT_LIMIT = 4000  # of a curve; a browser draws more of them slowly
 QUIET_SECONDS = 900  # without a word, after which a run counts as ended; no stage but the sampling is silent for long
-PICTURE_LIMIT = 300 * 1024
 NOT_FATAL = ("training does not depend on it", "has no effect")  # in the errors after which a run continues
 NOT_SETTINGS = {"output_dir", "resume_from_checkpoint", "hub_token"}
 COLORS = ("#3b7dd8", "#e07b39", "#2f9e6e", "#b4559f", "#c29a1c", "#5f6bd4", "#c94f4f", "#3a9fb5")  # on white and black
@@ -584,7 +582,7 @@ def page(runs: list[TrainingRun], reload_seconds: int | None) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8"))
 
 
-# ---- The terminal, and a picture for documents ----------------------------------------------------------------------
+# ---- The terminal ---------------------------------------------------------------------------------------------------
 
 
 def loss_bars(losses: np.ndarray, width: int = 60) -> str:
@@ -622,64 +620,6 @@ def summary(run: TrainingRun) -> str:
     return "\n".join(lines + [f"{'Checkpoint':14}{path}" for path in run.checkpoints])
 
 
-def draw_loss(run: TrainingRun) -> Image.Image:
-    """The loss over the steps and its running mean."""
-    steps, losses = run.column("loss")
-    low, high = losses.min(), max(losses.max(), losses.min() + 1e-12)
-    left, right, top, bottom = 80, 940, 30, 260
-    picture = Image.new("RGB", (960, 310), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(15)
-    for height, value in ((top, high), (bottom, low)):
-        draw.line([(left, height), (right, height)], "#dddddd")
-        draw.text((left - 8, height), f"{value:.3g}", "#555555", font, anchor="rm")
-    for side, anchor, step in ((left, "lm", steps[0]), (right, "rm", steps[-1])):
-        draw.text((side, bottom + 22), f"step {step}", "#555555", font, anchor=anchor)
-    words = f"loss: {loss_change(run).replace('→', 'to')}"  # the font has no arrow
-    draw.text(((left + right) / 2, bottom + 22), words, "black", font, anchor="mm")
-    x = np.interp(steps, [steps[0], max(steps[-1], steps[0] + 1)], [left, right])
-    for values, color, width in ((losses, "#c4d8f3", 1), (smoothed(losses, max(5, len(steps) // 15)), COLORS[0], 3)):
-        y = bottom - (values - low) / (high - low) * (bottom - top)
-        draw.line(list(zip(x, y, strict=True)), color, width)
-    return picture
-
-
-def contact_sheet(video: Path, label: str, columns: int = 5, width: int = 960) -> Image.Image:
-    """Frames spread over the video, side by side, under a line of text."""
-    import decord
-
-    reader = decord.VideoReader(str(video))
-    indices = np.linspace(0, len(reader) - 1, min(columns, len(reader))).round().astype(int).tolist()
-    sheet = Image.fromarray(np.concatenate(list(reader.get_batch(indices).asnumpy()), axis=1))  # [H, W * columns, C]
-    kind = Image.Resampling.NEAREST if sheet.width < width else Image.Resampling.LANCZOS  # of a tiny model
-    sheet = sheet.resize((width, round(sheet.height * width / sheet.width)), kind)
-    picture = Image.new("RGB", (width, sheet.height + 26), "white")
-    picture.paste(sheet, (0, 26))
-    ImageDraw.Draw(picture).text((0, 13), label, "black", ImageFont.load_default(15), anchor="lm")
-    return picture
-
-
-def draw_picture(run: TrainingRun, path: Path) -> None:
-    """The loss, then each prompt before training and after it, as a PNG of at most PICTURE_LIMIT bytes."""
-    images = [draw_loss(run)] if run.column("loss")[0] else []
-    for prompt, (text, _) in enumerate(run.prompts):
-        steps = sorted(step for step, of, number in run.videos if (of, number) == (prompt, 0))
-        for step in dict.fromkeys(steps[:1] + steps[-1:]):
-            label = f"{text}: {f'step {step}' if step else 'before training'}"
-            images.append(contact_sheet(run.videos[step, prompt, 0], label))
-    if not images:
-        sys.exit(f"report.py: error: {run.folder} has neither losses nor videos to draw")
-    picture = Image.new("RGB", (960, sum(image.height + 10 for image in images)), "white")
-    top = 0
-    for image in images:
-        picture.paste(image, (0, top))
-        top += image.height + 10
-    for width in range(960, 200, -80):
-        small = picture.resize((width, picture.height * width // 960), Image.Resampling.LANCZOS)
-        small.quantize(128).save(path, "PNG", optimize=True)
-        if path.stat().st_size <= PICTURE_LIMIT:
-            break
-
-
 def write_page(folders: list[Path], path: Path, reload_seconds: int | None = None) -> list[TrainingRun]:
     """Read the runs and write the page, complete or not at all; it is reloaded while a run is going."""
     runs = [read_run(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
@@ -696,8 +636,6 @@ def main(argv: list[str] | None = None) -> None:
     every = "write the page every N seconds (30), and let it reload itself, until the runs have ended"
     parser.add_argument("--watch", type=int, nargs="?", const=30, metavar="N", help=every)
     parser.add_argument("--page", type=Path, metavar="FILE", help="default: report.html in the first folder")
-    drawn = "a PNG of the first run's loss and of its videos before and after training"
-    parser.add_argument("--picture", type=Path, metavar="FILE", help=drawn)
     args = parser.parse_args(argv)
     if importlib.util.find_spec("plotly") is None:
         print("report.py: error: the curves need plotly: pip install plotly", file=sys.stderr)
@@ -705,8 +643,6 @@ def main(argv: list[str] | None = None) -> None:
     path = args.page or args.folders[0] / "report.html"
     runs = write_page(args.folders, path, args.watch)
     print("\n".join(map(summary, runs)))
-    if args.picture:
-        draw_picture(runs[0], args.picture)
     print(f"\nReport        {path} ({size(path)}): open it in a browser", flush=True)
     try:
         while args.watch and any(run.state in ("going", "silent") for run in runs):
