@@ -1887,26 +1887,27 @@ def run_validation(run: Run, is_final: bool = False) -> list[tuple[str, Path]]:
     run.base.eval()
     if run.latents.held_out:
         log_held_out_loss(run)
-    with attempt("Validation"), stage(args, "sampling", run.step) if share else contextlib.nullcontext():
-        vae = load_vae(args, DTYPES[accelerator.mixed_precision]).to(accelerator.device) if share else None
-        if vae and free_memory(accelerator.device) < 50_000 * args.height * args.width:  # what it takes untiled
-            vae.enable_tiling(*SMALL_TILES)
-        pipe = PIPELINE(None, None, vae, run.base, run.noise_scheduler)
-        pipe.set_progress_bar_config(disable=not (is_first_process() and sys.stderr.isatty()), leave=False)
-        for index in share:
-            pipeline_args = {**sampling_settings(args), **inputs[index], "prompt": None}
-            for name, prompt in (("prompt_embeds", inputs[index]["prompt"]), ("negative_prompt_embeds", "")):
-                embeds = load_file(run.prompt_files[prompt])["prompt_embeds"]  # [S, D]
-                pipeline_args[name] = embeds[None].to(accelerator.device)  # [1, S, D]
-            if run.settings["engine"] not in SHARDED_BASE:
-                pipeline_args["callback_on_step_end"] = run.stop.end_sampling
-            files = validation_files(args, run.step, is_final, index)
-            log_validation(pipe, args, accelerator, pipeline_args, run.epoch, is_final, files)
-            logger.info(f"Sampled prompt {index + 1} of {len(inputs)} at step {run.step}")
-            sampled.append(index)
-    pipe = vae = None
+    if share:
+        with attempt("Validation"), stage(args, "sampling", run.step):
+            vae = load_vae(args, DTYPES[accelerator.mixed_precision]).to(accelerator.device)
+            if free_memory(accelerator.device) < 50_000 * args.height * args.width:  # what it takes untiled
+                vae.enable_tiling(*SMALL_TILES)
+            pipe = PIPELINE(None, None, vae, run.base, run.noise_scheduler)
+            pipe.set_progress_bar_config(disable=not (is_first_process() and sys.stderr.isatty()), leave=False)
+            for index in share:
+                pipeline_args = {**sampling_settings(args), **inputs[index], "prompt": None}
+                for name, prompt in (("prompt_embeds", inputs[index]["prompt"]), ("negative_prompt_embeds", "")):
+                    embeds = load_file(run.prompt_files[prompt])["prompt_embeds"]  # [S, D]
+                    pipeline_args[name] = embeds[None].to(accelerator.device)  # [1, S, D]
+                if run.settings["engine"] not in SHARDED_BASE:
+                    pipeline_args["callback_on_step_end"] = run.stop.end_sampling
+                files = validation_files(args, run.step, is_final, index)
+                log_validation(pipe, args, accelerator, pipeline_args, run.epoch, is_final, files)
+                logger.info(f"Sampled prompt {index + 1} of {len(inputs)} at step {run.step}")
+                sampled.append(index)
+        pipe = vae = None
     run.base.train()
-    clear_device_cache(garbage_collection=True)
+    clear_device_cache(garbage_collection=True)  # also after held-out clips
     for index in sorted(set(sum(gather(sampled), []))):
         files, prompt = validation_files(args, run.step, is_final, index), inputs[index]["prompt"]
         videos += [(prompt, file) for file in files]

@@ -271,6 +271,18 @@ def hub(monkeypatch):
     huggingface_hub.utils.close_session()
 
 
+@pytest.fixture(scope="module")
+def chromium():
+    """A real browser. Without one, tests of pages are skipped."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    if not (program := shutil.which("chromium") or shutil.which("google-chrome")):
+        pytest.skip("needs Chromium")
+    with playwright.sync_playwright() as start:
+        browser = start.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
 def child_main(script, words: list[str], log: Path, environment: dict[str, str], prepare: Callable | None) -> None:
     os.environ.update(environment)
     os.setpgrp()  # a process group of its own, with its workers, as a shell gives it

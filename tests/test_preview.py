@@ -6,7 +6,6 @@ import contextlib
 import html
 import io
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -227,29 +226,24 @@ def test_wrong_flags_are_the_scripts_own_message(flags, tmp_path, capsys):
     assert not (tmp_path / "output").exists()
 
 
-def test_page_in_a_browser(every):
-    api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
-    if not (chromium := shutil.which("chromium") or shutil.which("google-chrome")):
-        pytest.skip("needs Chromium")
+def test_page_in_a_browser(every, chromium):
     requests, problems = [], []
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 390, "height": 844})
-        page.on("request", lambda request: requests.append(request.url))
-        page.on("console", lambda message: problems.append(message.text))
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.goto(every[0].as_uri())
-        assert page.evaluate("document.documentElement.scrollWidth") <= 390
-        assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
-        for chosen, number in {"any": 15, "double": 2, "all": 16}.items():
-            page.select_option("#filter", chosen)
-            assert page.locator("article:visible").count() == number
-        backgrounds = set()
-        for scheme in ("light", "dark"):
-            page.emulate_media(color_scheme=scheme)
-            backgrounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
-        page.set_viewport_size({"width": 1200, "height": 844})
-        assert page.evaluate("document.documentElement.scrollWidth") <= 1200 and len(backgrounds) == 2
-        assert page.locator("h2", has_text="<script>.mp4").count() == 1
-        browser.close()
+    page = chromium.new_page(viewport={"width": 390, "height": 844})
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto(every[0].as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
+    for chosen, number in {"any": 15, "double": 2, "all": 16}.items():
+        page.select_option("#filter", chosen)
+        assert page.locator("article:visible").count() == number
+    backgrounds = set()
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        backgrounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+    page.set_viewport_size({"width": 1200, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1200 and len(backgrounds) == 2
+    assert page.locator("h2", has_text="<script>.mp4").count() == 1
+    page.close()
     assert [url for url in requests if not url.startswith("data:")] == [every[0].as_uri()] and problems == []

@@ -13,13 +13,10 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import importlib.util
-import inspect
 import itertools
 import json
 import math
 import os
-import sys
 import weakref
 from argparse import Namespace
 from collections import Counter
@@ -38,6 +35,7 @@ from diffusers.quantizers.bitsandbytes.utils import replace_with_bnb_linear  # n
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 from torch.utils.flop_counter import flop_registry  # noqa: E402
+from training_script import ending_as, load_script, open_run  # noqa: E402
 from transformers import T5Config, T5EncoderModel  # noqa: E402
 
 GIB = 2**30
@@ -330,13 +328,10 @@ def what_fits(
 
 def plan(script: ModuleType, args: Namespace, num_processes: int = 1, gpu: str | None = None) -> dict:
     """All that is printed, by name. Raises the script's RunError for flags, data or a model that cannot work."""
-    script.check_args(args)
-    configs = {name: script.read_config(args, name)[0] for name in ("transformer", "vae", "text_encoder")}
-    transformer_config, vae_config = configs["transformer"], configs["vae"]
-    script.check_model(args, transformer_config, vae_config)
+    transformer_config, vae_config, dataset = open_run(script, args)
+    configs = {"transformer": transformer_config, "vae": vae_config}
+    configs["text_encoder"] = script.read_config(args, "text_encoder")[0]
     dtype = script.DTYPES[args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")]
-    names = inspect.signature(script.VideoDataset).parameters
-    dataset = script.VideoDataset(**{name: getattr(args, name) for name in names})
     scale, channels, shapes = script.pixels_per_latent(vae_config), 2 * vae_config["latent_channels"], []
     for index in range(len(dataset)):
         _, indices, (height, width), _ = dataset.choose(index)
@@ -394,16 +389,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num_processes", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     own, flags = parser.parse_known_args(argv)
-    spec = importlib.util.spec_from_file_location(own.script.stem, own.script)
-    script = importlib.util.module_from_spec(spec)
-    sys.modules[own.script.stem] = script
-    spec.loader.exec_module(script)
+    script = load_script(own.script)
     args = script.get_args(flags)
-    try:
+    with ending_as(script, "plan.py"):
         found = plan(script, args, own.num_processes, own.gpu)
-    except script.RunError as error:
-        print(f"plan.py: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
     print(json.dumps(found) if own.json else report(found, own.gpu))
 
 

@@ -14,15 +14,12 @@ import copy
 import dataclasses
 import gc
 import html
-import importlib.util
-import inspect
 import io
 import math
 import os
 import pickle
 import re
 import string
-import sys
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
@@ -34,6 +31,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
+from training_script import ending_as, load_script, open_run  # noqa: E402
 
 KINDS = {  # of warnings, the gravest first, as the page and the terminal name them
     "broken": "cannot be decoded", "single": "trained as a picture", "time": "little of the time used",
@@ -353,11 +351,8 @@ def make_page(args: Namespace, names: list[str], clips: list[tuple], limit: int)
 
 def preview(script: ModuleType, args: Namespace, page: Path) -> str:
     """Write the page; returns what the terminal says. Raises the script's RunError for what cannot work."""
-    script.check_args(args)
-    transformer_config, vae_config = (script.read_config(args, name)[0] for name in ("transformer", "vae"))
-    script.check_model(args, transformer_config, vae_config)
-    names, limit = inspect.signature(script.VideoDataset).parameters, transformer_config["max_text_seq_length"]
-    dataset = script.VideoDataset(**{name: getattr(args, name) for name in names})
+    transformer_config, _, dataset = open_run(script, args)
+    limit = transformer_config["max_text_seq_length"]
     captions, views = read_captions(script, args, dataset, limit), look_at(script, args, dataset)
     found = find_warnings(dataset, views, captions, limit)
     names = [record.path.removeprefix(f"{Path(args.instance_data_root or '.')}/") for record in dataset.records]
@@ -379,17 +374,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("script", type=Path, help="the script of the run; its flags follow")
     parser.add_argument("--page", type=Path, help="file to write; default: preview.html in --output_dir")
     own, flags = parser.parse_known_args(argv)
-    spec = importlib.util.spec_from_file_location(own.script.stem, own.script)
-    script = importlib.util.module_from_spec(spec)
-    sys.modules[own.script.stem] = script
-    spec.loader.exec_module(script)
+    script = load_script(own.script)
     args = script.get_args(flags)
     script.set_up_logging()
-    try:
+    with ending_as(script, "preview_data.py"):
         print(preview(script, args, own.page or Path(args.output_dir, "preview.html")))
-    except script.RunError as error:
-        print(f"preview_data.py: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

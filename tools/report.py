@@ -520,8 +520,9 @@ def plain(value) -> str:
 
 def comparison(runs: list[TrainingRun]) -> str:
     """A column a run: how it went, and the settings that differ."""
+    figures = list(map(facts, runs))
     rows = [["state", *map(state_words, runs)]]
-    rows += [[name, *(facts(run)[name] for run in runs)] for name in facts(runs[0])]
+    rows += [[name, *(own[name] for own in figures)] for name in figures[0]]
     settings = [{n: v for n, v in (run.args | run.settings).items() if n not in NOT_SETTINGS} for run in runs]
     names = sorted({name for values in settings for name in values})
     differing = [[name, *(plain(values.get(name)) for values in settings)] for name in names]
