@@ -85,14 +85,11 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 VIDEO_TYPES, PICTURE_TYPES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif"}, {".png", ".jpg", ".jpeg", ".webp"}
 STATE_FILE = "training_state.json"  # the last file that is written into a checkpoint: with it, it is complete
 CACHE_FORMAT = 1  # raise it when the content of a precomputed file changes for the same key
+ENCODED_PIXEL, DECODED_PIXEL = 12_000, 25_000  # values that the VAE holds at its peak for each of a frame, untiled
 SMALL_TILES = (144, 200)  # pixels; the overlaps of the VAE's tiles, 1/6 and 1/5 of them, must be whole latent pixels
 DECODE_SECONDS = 60  # after which a clip counts as one that cannot be decoded
 SHARDED_BASE = ("deepspeed zero3", "fsdp2")  # engines under which all processes take part in each forward pass
 RESUME_HINT = "To continue, give the same command with --resume_from_checkpoint latest."
-MEMORY_FLAGS = (  # that save device memory, the cheapest first
-    "--gradient_checkpointing", "--use_8bit_adam", "--offload_activations", "--quantize_base nf4", "--rank 64",
-    "--enable_tiling (while encoding)",
-)  # fmt: skip
 POSITION = ("seed", "step", "epoch", "batch")  # of a run in its data
 SETTINGS = (  # kept in a checkpoint and shown in the card
     "rank lora_alpha optimizer use_8bit_adam learning_rate lr_scheduler lr_warmup_steps train_batch_size "
@@ -244,7 +241,7 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     add("--gradient_checkpointing", action="store_true", help="recompute activations: far less memory, slower")
     policy = "attention: its results are kept and not recomputed: faster, 0.1 GiB a block"
     add("--checkpoint_policy", choices=["full", "attention"], default="full", help=policy)
-    offload = "keep what recomputation starts from in host memory, and the feed-forward layers in 4 parts"
+    offload = "keep what recomputation starts from in host memory, and the feed-forward layers in 8 parts"
     add("--offload_activations", action="store_true", help=offload)
     quantize = "hold the frozen base in 4 or 8 bits: less memory, slower, and a base that is not quite the same"
     add("--quantize_base", choices=["nf4", "int8", "fp8"], help=quantize)
@@ -416,6 +413,15 @@ def check_args(args: Namespace) -> None:
         problems.append(str(error).replace("empty separator", "--validation_prompt_separator must not be empty"))
     if problems:
         raise RunError(f"these flags cannot work:\n{listing(problems)}")
+
+
+def memory_flags(args: Namespace) -> list[tuple[str, object]]:
+    """The flags, with their values, that save device memory in training and are not in `args`; the cheapest first."""
+    flags = [("train_batch_size", 1), ("gradient_checkpointing", True), ("checkpoint_policy", "full")]
+    flags += [("use_8bit_adam", True), ("offload_activations", True)]
+    flags += [("quantize_base", kind) for kind in ("int8", "nf4") if (args.quantize_base, kind) != ("nf4", "int8")]
+    flags += [("rank", rank) for rank in (64, 16) if rank < args.rank]
+    return [(name, value) for name, value in flags if getattr(args, name) != value]
 
 
 def precompute_folder(args: Namespace) -> Path:
@@ -783,12 +789,6 @@ class StopSignal:
             os._exit(128 + number)
         self.number, self.noted_at = self.number or number, self.noted_at or time.monotonic()
 
-    def end_sampling(self, _pipe, _step: int, _timestep, tensors: dict) -> dict:
-        """For the pipeline to call after each denoising step. Raises InterruptedError after a signal."""
-        if self.number:
-            raise InterruptedError("a signal asks the run to stop")
-        return tensors
-
 
 # Where processes wait while others encode or sample, which may take hours; a collective of the default group gives up
 # after --nccl_timeout seconds. A lost process is noticed at once.
@@ -942,6 +942,7 @@ class CogVideoXBlock(diffusers_cogvideox.CogVideoXBlock):  # FSDP2 finds blocks 
             query, key = Rotation.apply(query, cos, sin), Rotation.apply(key, cos, sin)
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))  # [B, heads, S + V, d]
         tokens = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)  # [B, S + V, D]
+        del query, key, value  # else sampling holds them through the feed-forward layers
         for layer in attention.to_out:
             tokens = layer(tokens)  # [B, S + V, D]
         text, video = tokens.split(sizes, dim=1)
@@ -962,6 +963,47 @@ def keep_attention(_context, operation, *_arguments, **_keywords) -> CheckpointP
     """Of all that a block computes, recompute everything but attention, whose result is small for its cost."""
     is_attention = "scaled_dot_product" in operation.__name__ or "_attention_forward" in operation.__name__
     return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class HostActivations(torch.autograd.graph.saved_tensors_hooks):
+    """While it is entered, what is saved for the backward pass waits in pinned host memory. A stream of its own copies
+    it beside the computation: out at once, and back one block before it is needed. torch's save_on_cpu has the
+    computation wait for the copies."""
+
+    def __init__(self, device: torch.device):
+        super().__init__(self.pack, self.unpack)
+        self.device, self.streams = device, torch.get_device_module(device)
+        self.copying = self.streams.Stream()
+
+    def __enter__(self):
+        self.on_host, self.returned = [], {}  # by number, also after a step that failed
+        return super().__enter__()
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return host.copy_(tensor, non_blocking=True)
+
+    def to_device(self, host: Tensor) -> Tensor:
+        return host.to(self.device, non_blocking=True)
+
+    def pack(self, tensor: Tensor) -> int:
+        self.copying.wait_stream(self.streams.current_stream())
+        with self.streams.stream(self.copying):
+            self.on_host.append(self.to_host(tensor))
+        if tensor.is_cuda:
+            tensor.record_stream(self.copying)  # its memory is not used again before it is copied
+        return len(self.on_host) - 1
+
+    def unpack(self, number: int) -> Tensor:
+        while len(self.on_host) > max(0, number - 3):  # a block has three inputs that are saved
+            with self.streams.stream(self.copying):
+                tensor = self.to_device(self.on_host.pop())
+                self.returned[len(self.on_host)] = tensor, self.copying.record_event()
+        tensor, copied = self.returned.pop(number)
+        self.streams.current_stream().wait_event(copied)
+        if tensor.is_cuda:
+            tensor.record_stream(self.streams.current_stream())
+        return tensor
 
 
 class Int8Linear(torch.nn.Linear):
@@ -994,7 +1036,7 @@ def load_transformer(args: Namespace, dtype: torch.dtype) -> CogVideoXTransforme
         transformer = CogVideoXTransformer3DModel.from_pretrained(**source)
     for layer in transformer.modules():
         if hasattr(getattr(layer, "weight", None), "SCB"):
-            layer.__class__ = Int8Linear
+            layer.__class__, layer.weight.CB = Int8Linear, None  # a second reference, which would hold the memory
     if args.quantize_base == "fp8":
         transformer.enable_layerwise_casting(torch.float8_e4m3fn, dtype)
     # fp8 layers return to 8 bits at their end, which torch would not reach when it has recomputed all that it needs.
@@ -1010,7 +1052,7 @@ def load_transformer(args: Namespace, dtype: torch.dtype) -> CogVideoXTransforme
         torch._dynamo.config.recompile_limit = 64  # sizes of clips; each is compiled for training and for sampling
     for block in transformer.transformer_blocks:
         block.__class__, block.recompute = CogVideoXBlock, recompute
-        block.num_parts = 4 if args.offload_activations and not args.compile else 1
+        block.num_parts = 8 if args.offload_activations and not args.compile else 1
         if args.compile:  # for each shape: once for the first block, whose input needs no gradient, and once for all
             block.compile(backend=inductor_or_eager, dynamic=False)
     return transformer.requires_grad_(False)
@@ -1399,8 +1441,10 @@ def precompute_videos(args: Namespace, accelerator: Accelerator, dataset: VideoD
     only if a clip is new, and freed before this returns. Raises RunError that lists every clip that cannot be decoded,
     after the others are encoded; with --skip_bad_videos those have None in place of their files."""
     folder, dtype = precompute_folder(args), DTYPES[accelerator.mixed_precision]
+    need = max(height * width for _, height, width in dataset.buckets) * ENCODED_PIXEL * dtype.itemsize
+    tiling = args.enable_tiling or gather(free_memory(accelerator.device) < need)[0]
     content = {"made_for": KIND, "settings": dataset.settings, "dtype": str(dtype)}
-    content["encoder"] = model_identity(args, "vae") | {"tiling": args.enable_tiling}
+    content["encoder"] = model_identity(args, "vae") | {"tiling": tiling}
     paths = []
     for record in dataset.records:
         if record.read_bytes is not None:
@@ -1414,6 +1458,9 @@ def precompute_videos(args: Namespace, accelerator: Accelerator, dataset: VideoD
     new = find_new(folder / "videos", "moments", dict(enumerate(paths)))
     if share := new[accelerator.process_index :: accelerator.num_processes]:
         vae = load_vae(args, dtype).to(accelerator.device)
+        vae.use_tiling = tiling
+        if tiling != args.enable_tiling:
+            logger.info(f"Whole frames would take {need / 2**30:.1f} GiB: clips are encoded as with --enable_tiling")
     videos = decode_videos(dataset, share, dtype, max(1, args.dataloader_num_workers))
     bad = {}
     with shared_work():
@@ -1855,6 +1902,16 @@ def own_share(run: Run, count: int) -> list[int]:
     return [min(number, count - 1) for number in range(run.accelerator.process_index, rounds, processes)]
 
 
+def after_denoising(run: Run, is_short: bool, pipe: PIPELINE, step: int, _timestep, tensors: dict) -> dict:
+    """For the pipeline to call after each denoising step. Where memory is short, the transformer leaves the device
+    before the video is decoded. Raises InterruptedError after a signal."""
+    if run.stop.number:
+        raise InterruptedError("a signal asks the run to stop")
+    if is_short and step == pipe.num_timesteps - 1:
+        run.base.to("cpu")
+    return tensors
+
+
 @torch.no_grad()
 def log_held_out_loss(run: Run) -> None:
     """Log the mean loss of the clips of --eval_split at 10 noise levels, with the same noise each time. A failure (out
@@ -1890,7 +1947,8 @@ def run_validation(run: Run, is_final: bool = False) -> list[tuple[str, Path]]:
     if share:
         with attempt("Validation"), stage(args, "sampling", run.step):
             vae = load_vae(args, DTYPES[accelerator.mixed_precision]).to(accelerator.device)
-            if free_memory(accelerator.device) < 50_000 * args.height * args.width:  # what it takes untiled
+            need = args.height * args.width * DECODED_PIXEL * vae.dtype.itemsize
+            if is_short := free_memory(accelerator.device) < need:
                 vae.enable_tiling(*SMALL_TILES)
             pipe = PIPELINE(None, None, vae, run.base, run.noise_scheduler)
             pipe.set_progress_bar_config(disable=not (is_first_process() and sys.stderr.isatty()), leave=False)
@@ -1900,12 +1958,14 @@ def run_validation(run: Run, is_final: bool = False) -> list[tuple[str, Path]]:
                     embeds = load_file(run.prompt_files[prompt])["prompt_embeds"]  # [S, D]
                     pipeline_args[name] = embeds[None].to(accelerator.device)  # [1, S, D]
                 if run.settings["engine"] not in SHARDED_BASE:
-                    pipeline_args["callback_on_step_end"] = run.stop.end_sampling
+                    run.base.to(accelerator.device)
+                    pipeline_args["callback_on_step_end"] = functools.partial(after_denoising, run, is_short)
                 files = validation_files(args, run.step, is_final, index)
                 log_validation(pipe, args, accelerator, pipeline_args, run.epoch, is_final, files)
                 logger.info(f"Sampled prompt {index + 1} of {len(inputs)} at step {run.step}")
                 sampled.append(index)
         pipe = vae = None
+        run.base.to(accelerator.device)
     run.base.train()
     clear_device_cache(garbage_collection=True)  # also after held-out clips
     for index in sorted(set(sum(gather(sampled), []))):
@@ -2020,8 +2080,7 @@ def train(run: Run, loader: DataLoader, sampler: ShapeBatchSampler) -> None:
     args, accelerator, transformer = run.args, run.accelerator, run.transformer
     progress = progress_bar(total=run.max_train_steps, initial=run.step, desc="Training", unit="step")
     loss_sum, num_micro_batches, before_step, started = 0.0, 0, None, time.perf_counter()
-    on_host = torch.autograd.graph.save_on_cpu(pin_memory=accelerator.device.type == "cuda")
-    saving = on_host if args.offload_activations else contextlib.nullcontext()
+    saving = HostActivations(accelerator.device) if args.offload_activations else contextlib.nullcontext()
     transformer.train()
     while run.step < run.max_train_steps:
         sampler.epoch, sampler.first_batch = run.epoch, run.batch
@@ -2188,7 +2247,7 @@ def command_line() -> None:
     except RunError as error:
         problem = error
     except torch.OutOfMemoryError as error:
-        flags = ", ".join(flag for flag in MEMORY_FLAGS if flag.split()[0] not in sys.argv)
+        flags = ", ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in memory_flags(args))
         text = f"the device has too little memory: {str(error).splitlines()[0]} What helps, the cheapest first"
         problem = RunError(f"{text}: {flags}. tools/plan.py tells what a run needs.", exit_code=6)
     except KeyboardInterrupt:

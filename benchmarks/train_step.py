@@ -101,7 +101,7 @@ def measure(name: str, setting: str, rank: int, steps: int, folder: str) -> dict
     batch["image_moments"] = torch.randn(1, 32, 1, height, width)
     batch["prompt_embeds"] = torch.randn(1, config.max_text_seq_length, config.text_embed_dim)
     batch = {key: tensor.to(device, dtype) for key, tensor in batch.items()}
-    seconds, losses = [], []
+    seconds, losses, on_host = [], [], script.HostActivations(device)
     for _ in range(steps + 2):
         started = time.perf_counter()
         torch.manual_seed(1)
@@ -110,7 +110,7 @@ def measure(name: str, setting: str, rank: int, steps: int, folder: str) -> dict
             if is_example:
                 stack.enter_context(torch.autocast(device.type, dtype, enabled=dtype != torch.float32))
             if args.offload_activations:
-                stack.enter_context(torch.autograd.graph.save_on_cpu(pin_memory=is_cuda))
+                stack.enter_context(on_host)
             loss = script.diffusion_loss(transformer, scheduler, latents, conditions)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(lora, args.max_grad_norm)

@@ -33,7 +33,7 @@ import torch.nn.functional as F  # noqa: E402
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXTransformer3DModel  # noqa: E402
 from diffusers.quantizers.bitsandbytes.utils import replace_with_bnb_linear  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
+from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: E402
 from torch.utils.flop_counter import flop_registry  # noqa: E402
 from training_script import ending_as, load_script, open_run  # noqa: E402
 from transformers import T5Config, T5EncoderModel  # noqa: E402
@@ -45,10 +45,6 @@ GPUS = {  # memory in GiB; published bandwidth in bytes and operations in half p
     "t4": (14.6, 0.32e12, 65e12),
 }  # fmt: skip
 CUDA_CONTEXT = 0.6  # GiB that CUDA and its libraries take for themselves
-CHEAPEST_FIRST = [  # what saves memory in training, the cheapest first; each with those before it
-    ("train_batch_size", 1), ("gradient_checkpointing", True), ("checkpoint_policy", "full"), ("use_8bit_adam", True),
-    ("offload_activations", True), ("quantize_base", "int8"), ("quantize_base", "nf4"), ("rank", 64), ("rank", 16),
-]  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -79,6 +75,22 @@ def operations_4_bit(tokens: torch.Tensor, _weight: torch.Tensor, shape: tuple[i
 
 
 FLOP = flop_registry | {torch.ops.bitsandbytes.gemm_4bit: operations_4_bit}
+
+
+@dataclasses.dataclass(frozen=True)
+class Like:
+    """In place of a tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def as_like(tensor: torch.Tensor) -> Like:
+    return Like(tensor.shape, tensor.dtype)
+
+
+def from_like(like: Like) -> torch.Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, device="meta")
 
 
 class CostCounter(TorchDispatchMode):
@@ -130,20 +142,12 @@ def flash_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=
 SDPA = F.scaled_dot_product_attention
 
 
-class HostMemory:
-    """In place of torch's save_on_cpu: what is saved leaves the device, and comes back for the backward pass."""
-
-    def __init__(self, **_):
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: (tensor.shape, tensor.dtype),
-            lambda packed: torch.empty(packed[0], dtype=packed[1], device="meta"),
-        )
-
-    def __enter__(self):
-        return self.hooks.__enter__()
-
-    def __exit__(self, *error):
-        return self.hooks.__exit__(*error)
+def host_activations(script: ModuleType, device: str):
+    """The script's HostActivations. Of tensors without values, it keeps shape and dtype in place of a copy."""
+    on_host = script.HostActivations(torch.device("cpu"))
+    if device == "meta":
+        on_host.to_host, on_host.to_device = as_like, from_like
+    return on_host
 
 
 def on_meta(make: Callable, dtype: torch.dtype) -> torch.nn.Module:
@@ -185,7 +189,6 @@ def without_weights(transformer_config: dict) -> Iterator[None]:
     with (
         mock.patch.object(CogVideoXTransformer3DModel, "from_pretrained", classmethod(load)),
         mock.patch.object(F, "scaled_dot_product_attention", flash_attention),
-        mock.patch.object(torch.autograd.graph, "save_on_cpu", HostMemory),
     ):
         yield
 
@@ -199,9 +202,9 @@ def state_bytes(args: Namespace, num_parameters: int) -> int:
 def training_cost(
     script: ModuleType, args: Namespace, transformer_config: dict, vae_config: dict, shape: tuple, dtype: torch.dtype,
     device: str = "meta",
-) -> tuple[Cost, int]:
-    """Of one training step on batches of latents of `shape` (f, h, w), and the number of trained parameters. On the
-    meta device the transformer has no weights; on another it is the real one."""
+) -> tuple[Cost, torch.nn.Module]:
+    """Of one training step on batches of latents of `shape` (f, h, w), and the transformer with its LoRA. On the meta
+    device it has no weights; on another it is the real one."""
     counter, batch_size = CostCounter(), args.train_batch_size
     with without_weights(transformer_config) if device == "meta" else contextlib.nullcontext():
         transformer = script.load_transformer(args, dtype)
@@ -231,99 +234,147 @@ def training_cost(
         transformer.train()
         with counter:
             latents, conditions = script.prepare_batch(batch, config, vae_config, args)
-            with torch.autograd.graph.save_on_cpu() if args.offload_activations else contextlib.nullcontext():
+            with host_activations(script, device) if args.offload_activations else contextlib.nullcontext():
                 loss = script.diffusion_loss(transformer, scheduler, latents, conditions)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(lora, args.max_grad_norm)
     counter.cost.traffic += 3 * 4 * num_parameters + 2 * optimizer.nbytes  # of the optimizer: all is read, and written
     parts["activations"] = counter.cost.peak - sum(parts.values())
     counter.cost.parts = parts
-    return counter.cost, num_parameters
+    return counter.cost, transformer
+
+
+def once_a_shape(function: Callable, counter: CostCounter) -> Callable:
+    """`function` of tensors without values. For shapes that it was called with before, what it took then is added: a
+    VAE's decoder is called for each tile and each few frames, hundreds of times for a clip."""
+    seen, sums = {}, ("traffic", "casts", "matrix_traffic", "flop")
+
+    def remembered(*args, **kwargs):
+        key = str(tree_map_only(torch.Tensor, lambda tensor: tuple(tensor.shape), (args, kwargs)))
+        cost, live = counter.cost, counter.live
+        before = dataclasses.replace(cost)
+        if key not in seen:
+            cost.peak = live
+            result = function(*args, **kwargs)
+            shapes = tree_map_only(torch.Tensor, as_like, result)
+            seen[key] = shapes, cost.peak - live, [getattr(cost, name) - getattr(before, name) for name in sums]
+        else:
+            result = tree_map_only(Like, from_like, seen[key][0])
+            for name, more in zip(sums, seen[key][2], strict=True):
+                setattr(cost, name, getattr(cost, name) + more)
+        cost.peak = max(before.peak, live + seen[key][1])
+        return result
+
+    return remembered
 
 
 def count(models: list[torch.nn.Module], function: Callable) -> Cost:
     """Of a function without gradients, with these models on the device."""
     counter = CostCounter()
+    vaes = [model for model in models if isinstance(model, AutoencoderKLCogVideoX)]
     counter.watch(*(tensor for model in models for tensor in (*model.parameters(), *model.buffers())))
     parts = {"weights": counter.live}
-    with torch.no_grad(), mock.patch.object(F, "scaled_dot_product_attention", flash_attention), counter:
+    with contextlib.ExitStack() as stack:
+        for coder in (coder for vae in vaes for coder in (vae.encoder, vae.decoder)):
+            stack.enter_context(mock.patch.object(coder, "forward", once_a_shape(coder.forward, counter)))
+        stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", flash_attention))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(counter)
         function()
     counter.cost.parts = parts | {"activations": counter.cost.peak - parts["weights"]}
     return counter.cost
 
 
+def latent_frames(frames: int) -> int:
+    return (frames - 1) // 4 + 1
+
+
 def sampling_cost(
-    script: ModuleType, args: Namespace, configs: dict, vae: torch.nn.Module, training: Cost, limit: float
+    script: ModuleType, args: Namespace, vae: torch.nn.Module, transformer: torch.nn.Module, training: Cost,
+    limit: float,
 ) -> Cost:
     """Of a validation video: --num_inference_steps calls of the transformer, each with and without the prompt
-    (classifier-free guidance), and the decoding, in tiles if it would take more than `limit` bytes. What training
-    holds stays on the device."""
-    config, vae_config = configs["transformer"], configs["vae"]
-    scale, dtype = script.pixels_per_latent(vae_config), vae.dtype
-    new = functools.partial(torch.zeros, dtype=dtype, device="meta")
-    frames = (script.frames_4k_plus_1(args.max_num_frames) - 1) // 4 + 1
-    moments = new(1, 2 * vae_config["latent_channels"], frames, args.height // scale, args.width // scale)
+    (classifier-free guidance), and the decoding. The optimizer's state stays on the device. Where the script finds
+    less than `limit` bytes free, it decodes in tiles, without the transformer."""
+    config, scale = transformer.config, script.pixels_per_latent(vae.config)
+    new = functools.partial(torch.zeros, dtype=vae.dtype, device="meta")
+    frames = latent_frames(script.frames_4k_plus_1(args.max_num_frames))
+    moments = new(1, 2 * vae.config.latent_channels, frames, args.height // scale, args.width // scale)
     batch = {"moments": moments, "image_moments": moments[:, :, :1]}
-    batch["prompt_embeds"] = new(1, config["max_text_seq_length"], config["text_embed_dim"])
-    with without_weights(config):
-        transformer = script.load_transformer(args, dtype).eval()
-        script.add_lora(transformer, args.rank, args.lora_alpha, args.lora_target_modules)
-    latents, conditions = script.prepare_batch(batch, transformer.config, vae_config, args)  # [1, f, C, h, w]
+    batch["prompt_embeds"] = new(1, config.max_text_seq_length, config.text_embed_dim)
+    latents, conditions = script.prepare_batch(batch, config, vae.config, args)  # [1, f, C, h, w]
     conditions.pop("num_padding")
-    both = torch.cat([latents, conditions.pop("image_latents", latents[:, :, :0])], dim=2).to(dtype)
+    both = torch.cat([latents, conditions.pop("image_latents", latents[:, :, :0])], dim=2).to(vae.dtype)
     conditions["encoder_hidden_states"] = batch["prompt_embeds"].expand(2, -1, -1)
     timesteps = new(2).long()
     both = both.expand(2, -1, -1, -1, -1)
-    cost = count([transformer, vae], lambda: transformer(both, timestep=timesteps, **conditions))
+    cost = count([transformer.eval(), vae], lambda: transformer(both, timestep=timesteps, **conditions))
     held = training.parts["base"] + training.parts["LoRA"] + training.parts["optimizer"]
-    compressed = latents.permute(0, 2, 1, 3, 4).to(dtype)  # [1, C, f, h, w]
-    decoding = count([vae], lambda: vae.decode(compressed))
-    if decoding.peak + held > limit:
+    weights = sum(parameter.nbytes for parameter in vae.parameters())
+    if limit - held - weights < args.height * args.width * script.DECODED_PIXEL * vae.dtype.itemsize:
         vae.enable_tiling(*script.SMALL_TILES)
-        decoding = count([vae], lambda: vae.decode(compressed))
-    cost.peak = max(cost.peak + training.parts["optimizer"], decoding.peak + held)
+        held = training.parts["optimizer"]
+    compressed = latents.permute(0, 2, 1, 3, 4).to(vae.dtype)  # [1, C, f, h, w]
+    decoding = count([vae], lambda: vae.decode(compressed))
+    denoising = cost.peak + training.parts["optimizer"]
+    cost.peak = max(denoising, decoding.peak + held)
     for name in ("traffic", "matrix_traffic", "flop"):
         setattr(cost, name, args.num_inference_steps * getattr(cost, name) + getattr(decoding, name))
-    cost.parts = {"held": held, "activations and VAE": cost.peak - held}
+    cost.parts = {"denoising": denoising, "decoding": decoding.peak + held}
     return cost
 
 
-def stages(
-    script: ModuleType, args: Namespace, configs: dict, shape: tuple, dtype: torch.dtype, limit: float = math.inf
-) -> tuple[dict[str, Cost], int]:
-    """The cost of encoding a prompt and a clip, of a training step and of sampling a video, by name, for clips
-    that are encoded to `shape` (f, h, w); and the number of trained parameters."""
-    transformer_config, vae_config = configs["transformer"], configs["vae"]
-    text_encoder = on_meta(lambda: T5EncoderModel(T5Config(**configs["text_encoder"])), dtype)
-    tokens = torch.zeros(1, transformer_config["max_text_seq_length"], dtype=torch.int64, device="meta")
-    costs = {"encoding a prompt": count([text_encoder], lambda: text_encoder(tokens))}
+def new_vae(args: Namespace, vae_config: dict, dtype: torch.dtype) -> AutoencoderKLCogVideoX:
     vae = on_meta(lambda: AutoencoderKLCogVideoX.from_config(vae_config), dtype)
     vae.use_slicing, vae.use_tiling = args.enable_slicing, args.enable_tiling
-    scale, (frames, height, width) = script.pixels_per_latent(vae_config), shape
-    video = torch.zeros(4 * frames - 3, 3, scale * height, scale * width, dtype=dtype, device="meta")  # [F, C, H, W]
-    costs["encoding a clip"] = count([vae], lambda: script.encode_video(vae, video))
-    cost, num_parameters = training_cost(script, args, transformer_config, vae_config, shape, dtype)
-    costs["a training step"] = cost
-    if args.validation_prompt:
-        costs["sampling a video"] = sampling_cost(script, args, configs, vae, cost, limit)
-    return costs, num_parameters
+    return vae
 
 
-def what_fits(
+def encoding_costs(
     script: ModuleType, args: Namespace, configs: dict, shape: tuple, dtype: torch.dtype, limit: float
-) -> str:
-    """The flags, the cheapest first, with which a training step takes at most `limit` GiB."""
-    changed, flags = Namespace(**vars(args)), []
-    for name, value in CHEAPEST_FIRST:
-        if getattr(changed, name) == value or (name == "rank" and changed.rank < value):
-            continue
-        setattr(changed, name, value)
-        flags = [flag for flag in flags if not flag.startswith(f"--{name}")]
-        flags.append(f"--{name}" if value is True else f"--{name} {value}")
-        peak = training_cost(script, changed, configs["transformer"], configs["vae"], shape, dtype)[0].peak / GIB
-        if peak <= limit:
-            return f"a training step fits with {' '.join(flags)}: {peak:.1f} GiB"
-    return f"no flag makes a training step fit: {peak:.1f} GiB with {' '.join(flags)}; take fewer or smaller frames"
+) -> dict[str, Cost]:
+    """Of a prompt and of a clip of latents of `shape` (f, h, w), which is encoded in tiles where the script would."""
+    text_encoder = on_meta(lambda: T5EncoderModel(T5Config(**configs["text_encoder"])), dtype)
+    tokens = torch.zeros(1, configs["transformer"]["max_text_seq_length"], dtype=torch.int64, device="meta")
+    costs = {"encoding a prompt": count([text_encoder], lambda: text_encoder(tokens))}
+    vae, scale = new_vae(args, configs["vae"], dtype), script.pixels_per_latent(configs["vae"])
+    frames, height, width = shape
+    video = torch.zeros(4 * frames - 3, 3, scale * height, scale * width, dtype=dtype, device="meta")  # [F, C, H, W]
+    if limit < script.ENCODED_PIXEL * dtype.itemsize * math.prod(video.shape[2:]):
+        vae.use_tiling = True
+    return costs | {"encoding a clip": count([vae], lambda: script.encode_video(vae, video))}
+
+
+def training_costs(
+    script: ModuleType, args: Namespace, configs: dict, shape: tuple, dtype: torch.dtype, limit: float
+) -> tuple[dict[str, Cost], int]:
+    """Of a training step on clips of latents of `shape` (f, h, w), and of sampling a video where the run does; and the
+    number of trained parameters."""
+    cost, transformer = training_cost(script, args, configs["transformer"], configs["vae"], shape, dtype)
+    costs = {"a training step": cost}
+    if args.validation_prompt:
+        vae = new_vae(args, configs["vae"], dtype)
+        costs["sampling a video"] = sampling_cost(script, args, vae, transformer, cost, limit)
+    return costs, sum(parameter.numel() for parameter in script.lora_parameters(transformer).values())
+
+
+def what_fits(args: Namespace, flags: list[tuple[str, object]], costs_of: Callable, limit: float) -> str:
+    """Those of `flags`, the cheapest first, with which each of the costs of `costs_of(args)` is at most `limit`."""
+    changed, given, costs = args, {}, costs_of(args)
+    for name, value in flags:
+        needed = {"gradient_checkpointing": True} if name == "offload_activations" else {}
+        tried = Namespace(**vars(changed) | needed | {name: value})
+        less = costs_of(tried)
+        if any(less[stage].peak < cost.peak for stage, cost in costs.items() if cost.peak > limit):
+            given |= {flag: set_to for flag, set_to in needed.items() if not getattr(args, flag)} | {name: value}
+            changed, costs = tried, less
+        if all(cost.peak <= limit for cost in costs.values()):
+            break
+    words = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in given.items())
+    peaks = ", ".join(f"{stage} {cost.peak / GIB:.1f} GiB" for stage, cost in costs.items())
+    if all(cost.peak <= limit for cost in costs.values()):
+        return f"What fits: {words} ({peaks})"
+    return f"No flags make it fit; with {words}: {peaks}. Take fewer or smaller frames."
 
 
 def plan(script: ModuleType, args: Namespace, num_processes: int = 1, gpu: str | None = None) -> dict:
@@ -335,7 +386,7 @@ def plan(script: ModuleType, args: Namespace, num_processes: int = 1, gpu: str |
     scale, channels, shapes = script.pixels_per_latent(vae_config), 2 * vae_config["latent_channels"], []
     for index in range(len(dataset)):
         _, indices, (height, width), _ = dataset.choose(index)
-        shapes.append(((len(indices) - 1) // 4 + 1, height // scale, width // scale))
+        shapes.append((latent_frames(len(indices)), height // scale, width // scale))
     has_image, flips = transformer_config["in_channels"] > channels // 2, 2 if args.random_flip else 1
     sizes = [channels * flips * (f + has_image) * h * w * dtype.itemsize for f, h, w in shapes]
     prompt = transformer_config["max_text_seq_length"] * transformer_config["text_embed_dim"] * dtype.itemsize
@@ -345,7 +396,9 @@ def plan(script: ModuleType, args: Namespace, num_processes: int = 1, gpu: str |
     steps_an_epoch = math.ceil(len(sampler) / args.gradient_accumulation_steps)
     limit = GPUS[gpu][0] - CUDA_CONTEXT if gpu else math.inf
     largest = max(shapes, key=math.prod)
-    costs, num_parameters = stages(script, args, configs, largest, dtype, limit * GIB)
+    costs = encoding_costs(script, args, configs, largest, dtype, limit * GIB)
+    trained_costs, num_parameters = training_costs(script, args, configs, largest, dtype, limit * GIB)
+    costs |= trained_costs
     found = {
         "clips": {f"{4 * f - 3} x {scale * h} x {scale * w}": n for (f, h, w), n in sorted(Counter(shapes).items())},
         "steps an epoch": steps_an_epoch,
@@ -357,8 +410,9 @@ def plan(script: ModuleType, args: Namespace, num_processes: int = 1, gpu: str |
     }
     if gpu:
         found["fit"] = {stage: cost.peak / GIB <= limit for stage, cost in costs.items()}
-        if not found["fit"]["a training step"]:
-            found["advice"] = what_fits(script, args, configs, largest, dtype, limit)
+        if not all(found["fit"][stage] for stage in trained_costs):
+            costs_of = lambda args: training_costs(script, args, configs, largest, dtype, limit * GIB)[0]  # noqa: E731
+            found["advice"] = what_fits(args, script.memory_flags(args), costs_of, limit * GIB)
     return found
 
 
