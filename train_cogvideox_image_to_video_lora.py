@@ -1005,7 +1005,7 @@ class HostActivations(torch.autograd.graph.saved_tensors_hooks):
 
     def __init__(self, device: torch.device):
         super().__init__(self.pack, self.unpack)
-        self.device, self.streams = device, torch.get_device_module(device)
+        self.streams = torch.get_device_module(device)
         self.copying = self.streams.Stream()
 
     def __enter__(self):
@@ -1016,13 +1016,13 @@ class HostActivations(torch.autograd.graph.saved_tensors_hooks):
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         return host.copy_(tensor, non_blocking=True)
 
-    def to_device(self, host: Tensor) -> Tensor:
-        return host.to(self.device, non_blocking=True)
+    def to_device(self, host: Tensor, device: torch.device) -> Tensor:
+        return host.to(device, non_blocking=True)
 
     def pack(self, tensor: Tensor) -> int:
         self.copying.wait_stream(self.streams.current_stream())
         with self.streams.stream(self.copying):
-            self.on_host.append(self.to_host(tensor))
+            self.on_host.append((self.to_host(tensor), tensor.device))
         if tensor.is_cuda:
             tensor.record_stream(self.copying)  # its memory is not used again before it is copied
         return len(self.on_host) - 1
@@ -1030,7 +1030,7 @@ class HostActivations(torch.autograd.graph.saved_tensors_hooks):
     def unpack(self, number: int) -> Tensor:
         while len(self.on_host) > max(0, number - 3):  # a block has three inputs that are saved
             with self.streams.stream(self.copying):
-                tensor = self.to_device(self.on_host.pop())
+                tensor = self.to_device(*self.on_host.pop())
                 self.returned[len(self.on_host)] = tensor, self.copying.record_event()
         tensor, copied = self.returned.pop(number)
         self.streams.current_stream().wait_event(copied)

@@ -89,8 +89,8 @@ def as_like(tensor: torch.Tensor) -> Like:
     return Like(tensor.shape, tensor.dtype)
 
 
-def from_like(like: Like) -> torch.Tensor:
-    return torch.empty(like.shape, dtype=like.dtype, device="meta")
+def from_like(like: Like, device: str = "meta") -> torch.Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, device=device)
 
 
 class CostCounter(TorchDispatchMode):
