@@ -30,11 +30,15 @@ def published_cost(name: str, num_layers: int, **changes) -> plan.Cost:
     return plan.training_cost(script, args, *configs, shape, dtype)[0]
 
 
-def whole_cost(name: str, num_layers: int | None = None, **changes) -> dict[str, float]:
+def of_all_blocks(name: str, two: plan.Cost, four: plan.Cost, num_layers: int | None = None) -> dict[str, float]:
     """What each further block adds is the same, so that two blocks and four tell what all of them take."""
-    two, four = (vars(published_cost(name, layers, **changes)) for layers in (2, 4))
     further = (num_layers or published.transformer_config(name)["num_layers"]) - 2
+    two, four = vars(two), vars(four)
     return {each: two[each] + (four[each] - two[each]) / 2 * further for each in ("peak", "traffic", "casts", "flop")}
+
+
+def whole_cost(name: str, num_layers: int | None = None, **changes) -> dict[str, float]:
+    return of_all_blocks(name, *(published_cost(name, layers, **changes) for layers in (2, 4)), num_layers)
 
 
 @pytest.mark.parametrize(("name", "changes", "bounds"), GOALS)
@@ -120,17 +124,13 @@ def test_what_does_not_fit_is_said_with_the_flags_that_help(script, flags, monke
     assert "No flags make it fit; with --train_batch_size 1 " in capsys.readouterr().out
 
 
-def cost(peak: float) -> plan.Cost:
-    return plan.Cost(peak=peak)
-
-
 def test_advice_has_the_flags_that_help_the_stages_that_do_not_fit(script, flags):
     """Sampling gains nothing from a smaller batch, and is offloaded only with recomputation."""
 
     def costs_of(args) -> dict:
         training = 3 + args.train_batch_size - args.gradient_checkpointing
         sampling = 9 - 3 * args.offload_activations - 2 * (args.quantize_base == "nf4")
-        return {"a training step": cost(training * 2**30), "sampling a video": cost(sampling * 2**30)}
+        return {"a training step": plan.Cost(training * 2**30), "sampling a video": plan.Cost(sampling * 2**30)}
 
     args = script.get_args(flags(train_batch_size=2))
     said = plan.what_fits(args, script.memory_flags(args), costs_of, 6 * 2**30)
@@ -183,8 +183,7 @@ def test_encoding_and_sampling_take_no_more_than_8_gib(name):
     the device while a sample is decoded. T5-XXL does not fit; it runs on the CPU."""
     two, four = (smallest_stages(name, num_layers, 7.4 * 2**30) for num_layers in (2, 4))
     assert two["encoding a prompt"].peak > 7.4 * 2**30 > two["encoding a clip"].peak
-    small, larger = two["sampling a video"].peak, four["sampling a video"].peak
-    whole = small + (larger - small) / 2 * (published.transformer_config(name)["num_layers"] - 2)
+    whole = of_all_blocks(name, two["sampling a video"], four["sampling a video"])["peak"]
     assert 2**30 < whole <= 8 * 2**30, whole / 2**30
 
 
