@@ -1,10 +1,12 @@
-"""benchmarks/train_step.py on its tiny model. Its times are of no meaning here."""
+"""The benchmarks on tiny models. Their times are of no meaning here."""
 
 import json
 
 import pytest
 import torch
 import train_step
+import whole_run
+from conftest import ROOT
 from diffusers import CogVideoXTransformer3DModel
 
 
@@ -31,3 +33,23 @@ def test_table_and_json_of_a_benchmark(tmp_path, capsys):
     seconds = sorted(results["settings"]["recomputed"]["seconds"])
     assert len(seconds) == 3 and row.split(" | ")[1:4] == [f"{seconds[i]:.3f}" for i in (1, 0, 2)]
     assert results["versions"]["torch"] == torch.__version__.split("+")[0] and results["peak_flop_per_second"] > 0
+
+
+@pytest.mark.slow
+def test_whole_runs_alternate(capsys):
+    """With this project's own script as the other trainer."""
+    other = str(ROOT / "train_cogvideox_lora.py")
+    words = [other, "--rounds", "2", "--steps", "3", "--layers", "1", "--clips", "2", "--size", "9", "64", "96"]
+    whole_run.main(words)
+    lines = capsys.readouterr().out.splitlines()
+    names = ["the other", "this project", "this project, attention kept"]
+    assert [line.split(":")[0] for line in lines[:6]] == [f"round {n}, {name}" for n in (1, 2) for name in names]
+    assert [line.split(" | ")[0] for line in lines[-3:]] == [f"| {name}" for name in names]
+
+
+@pytest.mark.slow
+def test_a_trainer_that_fails_ends_the_benchmark(tmp_path):
+    other = tmp_path / "other.py"
+    other.write_text("print('no such flag'); raise SystemExit(2)")
+    with pytest.raises(SystemExit, match=r"(?s)other.py failed:.*no such flag"):
+        whole_run.main([str(other), "--rounds", "1", "--layers", "1", "--clips", "1", "--size", "9", "64", "96"])

@@ -15,6 +15,7 @@ import pytest
 import tiny
 from conftest import BOTH, ROOT, word_list
 from PIL import Image
+from training_script import ending_as
 from transformers import AutoTokenizer
 
 
@@ -224,6 +225,12 @@ def test_wrong_flags_are_the_scripts_own_message(flags, tmp_path, capsys):
             preview(flags(**changes))
         assert ended.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "output").exists()
+
+
+def test_ctrl_c_is_one_line(script, capsys):
+    with pytest.raises(SystemExit) as ended, ending_as(script, "preview_data.py"):
+        raise KeyboardInterrupt
+    assert ended.value.code == 130 and capsys.readouterr().err == "preview_data.py: interrupted\n"
 
 
 def test_page_in_a_browser(every, chromium):

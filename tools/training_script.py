@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import inspect
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -20,12 +21,15 @@ def load_script(path: Path) -> ModuleType:
 
 @contextlib.contextmanager
 def ending_as(script: ModuleType, tool: str) -> Iterator[None]:
-    """The script's RunError ends the tool as it ends a run: with its message and its exit code."""
+    """The script's RunError, or Ctrl-C, ends the tool as it ends a run: with a message and an exit code."""
     try:
         yield
     except script.RunError as error:
         print(f"{tool}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print(f"{tool}: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def open_run(script: ModuleType, args: Namespace):
