@@ -26,8 +26,9 @@ os.environ |= {
     "WANDB_SILENT": "true",
     "TOKENIZERS_PARALLELISM": "false",
 }
-# A shell starts a job in the background with SIGINT ignored, and programs inherit that.
+# A shell starts a job in the background with SIGINT ignored, nohup one with SIGHUP, and programs inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / folder) for folder in ("", "tests", "tools", "benchmarks")]
 

@@ -156,10 +156,11 @@ def test_attention_is_recomputed_or_kept(script, larger, policy, number):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_offloaded_are_the_inputs_of_the_blocks(script, larger, dtype, monkeypatch):
     """Outside of the recomputed blocks little is saved, and that is given to the host's memory, too."""
-    packed, to_host = [], script.HostActivations.to_host
-    spy = lambda self, tensor: packed.append(tensor) or to_host(self, tensor)  # noqa: E731
+    saved, to_host = [], script.HostActivations.to_host
+    spy = lambda self, tensor: saved.append(tensor) or to_host(self, tensor)  # noqa: E731
     monkeypatch.setattr(script.HostActivations, "to_host", spy)
     loss_and_gradients(script, larger, dtype, offload_activations=True, **RECOMPUTE)
+    packed = [tensor for tensor in saved if tensor.numel()]  # torch 2.11 saves an empty tensor with each block
     config = CogVideoXTransformer3DModel.load_config(larger, subfolder="transformer")
     width = config["num_attention_heads"] * config["attention_head_dim"]
     inputs = [tensor for tensor in packed if tensor.shape[1:] == (3 * 4 * 6, width)]
@@ -176,14 +177,16 @@ def test_offloaded_come_back_one_block_before_they_are_needed(script, larger, mo
         was_there = number in self.returned
         tensor = unpack(self, number)
         instances.add(self)
-        found[number] = was_there, len(self.returned)
+        if tensor.numel():  # torch 2.11 saves an empty tensor with each block
+            found[number] = was_there, sum(bool(other.numel()) for other, _ in self.returned.values())
         return tensor
 
     monkeypatch.setattr(script.HostActivations, "unpack", spy)
     loss_and_gradients(script, larger, offload_activations=True, **RECOMPUTE)
     # What is saved first are the three inputs of each of the 3 blocks: the last ones that the backward pass needs.
-    assert len(found) > 9 and all(found[number][0] for number in range(9))
-    assert max(found[number][1] for number in range(9)) == 5  # two more of this block, three of the one before
+    inputs = [found[number] for number in sorted(found)[:9]]
+    assert len(found) > 9 and all(was_there for was_there, _ in inputs)
+    assert max(count for _, count in inputs) == 5  # two more of this block, three of the one before
     (on_host,) = instances
     assert not on_host.on_host and not on_host.returned
 
