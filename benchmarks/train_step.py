@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     }  # fmt: skip
     useful = counted(args.model, "no recomputation", args.rank).flop
     print(f"{args.model}, rank {args.rank}, {useful / 1e12:.3f} TFLOP a step, {results['device']}")
-    print("| setting | s a step: median | min | max | TFLOP/s | of the peak | memory, GiB | loss |")
+    print("| setting | s a step: median | min | max | TFLOP/s | of the peak | memory, GiB | loss, to the first |")
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
@@ -204,7 +204,9 @@ def main(argv: list[str] | None = None) -> None:
             times = f"{middle:.3f} | {min(found['seconds']):.3f} | {max(found['seconds']):.3f}"
             share, memory = rate / results["peak_flop_per_second"], found["peak"]
             memory = "-" if memory is None else f"{memory / 2**30:.1f}"
-            columns = [setting, times, f"{rate / 1e12:.2f}", f"{share:.0%}", memory, f"{found['loss']:.5f}"]
+            plain = next(iter(results["settings"].values()))["loss"]
+            loss = f"{found['loss']:.5f} ({found['loss'] / plain - 1:+.3%})"
+            columns = [setting, times, f"{rate / 1e12:.2f}", f"{share:.0%}", memory, loss]
             print(f"| {' | '.join(columns)} |", flush=True)
     args.results.mkdir(parents=True, exist_ok=True)
     name = f"{results['date']}-{args.model}-{results['device'].split(',')[0].replace(' ', '-')}.json"
