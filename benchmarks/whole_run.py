@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from pathlib import Path
 from statistics import median
 
@@ -39,7 +40,6 @@ def make_inputs(folder: Path, layers: int, clips: int, size: tuple[int, int, int
     channels = {"in_channels": 16, "out_channels": 16}
     tiny.make_model(folder / "model-5b", **transformer, **channels)
     vae = AutoencoderKLCogVideoX.from_config(models.vae_config("5b") | {"block_out_channels": VAE_WIDTHS})
-    shutil.rmtree(folder / "model-5b" / "vae")
     vae.save_pretrained(folder / "model-5b" / "vae")
     tiny.make_clips(folder / "clips", clips, *size)
 
@@ -88,14 +88,14 @@ def main(argv: list[str] | None = None) -> None:
         "this project": (own, []),
         "this project, attention kept": (own, ["--checkpoint_policy", "attention"]),
     }
-    found = {name: [] for name in trainers}
+    found, order = {name: [] for name in trainers}, deque(trainers)
     with tempfile.TemporaryDirectory() as folder:
         make_inputs(Path(folder), args.layers, args.clips, args.size)
         for trainer in trainers.values():
             measure(*trainer, Path(folder), args, steps=2)
         for number in range(1, args.rounds + 1):
-            first = number % len(trainers)  # each in turn: the machine's speed may change during a round
-            for name in [*list(trainers)[first:], *list(trainers)[:first]]:
+            order.rotate(-1)  # each is first in turn: the machine's speed may change during a round
+            for name in order:
                 found[name].append(measure(*trainers[name], Path(folder), args, args.steps))
                 seconds, peak = found[name][-1]
                 print(f"round {number}, {name}: {seconds:.1f} s, {peak:.0f} MB", flush=True)

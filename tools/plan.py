@@ -74,7 +74,11 @@ def operations_4_bit(tokens: torch.Tensor, _weight: torch.Tensor, shape: tuple[i
     return 2 * tokens.numel() * shape[0]
 
 
-FLOP = flop_registry | {torch.ops.bitsandbytes.gemm_4bit: operations_4_bit}
+FLASH = "_scaled_dot_product_flash_attention"
+FLOP = {  # torch 2.11 does not count attention on the CPU; later versions count it as on a GPU
+    getattr(torch.ops.aten, f"{FLASH}_for_cpu{end}"): flop_registry[getattr(torch.ops.aten, f"{FLASH}{end}")]
+    for end in ("", "_backward")
+} | flop_registry | {torch.ops.bitsandbytes.gemm_4bit: operations_4_bit}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
