@@ -52,6 +52,7 @@ import io
 import itertools
 import json
 import logging
+import logging.handlers
 import math
 import multiprocessing
 import os
@@ -101,11 +102,12 @@ SETTINGS = (  # kept in a checkpoint and shown in the card
 class RunError(Exception):
     """Ends the run with one message. Exit code 1: the LoRA cannot be written, 2: wrong input, 3: loss or weights that
     are not finite, 4: failed upload, 5: another process was lost, 6: out of device memory, 128 + n: stopped by
-    signal n."""
+    signal n. `is_shared`: all processes raise it together, so the first one of a machine prints it for all."""
 
-    def __init__(self, message: str, exit_code: int = 2):
+    def __init__(self, message: str, exit_code: int = 2, is_shared: bool = False):
         super().__init__(message)
         self.exit_code = exit_code
+        self.is_shared = is_shared
 
 
 @contextlib.contextmanager
@@ -449,6 +451,7 @@ from accelerate.checkpointing import load_accelerator_state, save_accelerator_st
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DistributedType, ProjectConfiguration, load_fsdp_optimizer, save_fsdp_optimizer, set_seed
 from accelerate.utils.dataclasses import AutocastKwargs
+from accelerate.utils.environment import parse_flag_from_env
 from accelerate.utils.memory import clear_device_cache
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -759,16 +762,51 @@ def progress_bar(**keywords) -> tqdm:
 
 
 def set_up_logging() -> None:
-    """One log, of the first process and of the others' errors; of the libraries, what a user can act on."""
+    """Set up one log, of the first process and of the others' errors; of the libraries, what a user can act on. Its
+    lines are kept for the log file, which does not exist yet."""
     # tqdm's own lock is a semaphore that forked processes share: a decoding process that is killed could keep it.
     tqdm.set_lock(threading.RLock())
     level = logging.WARNING if is_first_process() else logging.ERROR
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=level)
     logger.setLevel(logging.INFO if is_first_process() else logging.ERROR)
+    logger.addHandler(logging.handlers.MemoryHandler(capacity=10_000, flushLevel=sys.maxsize))
     if not (is_first_process() and sys.stderr.isatty()):
         for library in (diffusers.utils.logging, transformers.utils.logging):
             library.disable_progress_bar()
         disable_progress_bars()  # the Hub's
+
+
+def log_file_name(rank: int) -> str:
+    """Return the name of a process's log in the output folder. Processes after the first log errors only."""
+    return f"train.rank{rank}.log" if rank else "train.log"
+
+
+def log_to_file(output_dir: Path) -> None:
+    """Write the log of this process to a file of its own, too, from its first line on. The files of processes after
+    the first appear with their first error. Raises RunError."""
+    rank = int(os.environ.get("RANK", 0))
+    with explain("--output_dir cannot be written", OSError):
+        log_file = logging.FileHandler(output_dir / log_file_name(rank), delay=rank > 0)
+    log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for handler in logger.handlers:
+        if isinstance(handler, logging.handlers.MemoryHandler):
+            handler.setTarget(log_file)
+            handler.close()  # hands over its lines
+    logger.handlers = [log_file]
+
+
+def last_errors(output_dir: Path) -> list[str]:
+    """Return the last line of each other process's log that ends with an error of this run, with the process's
+    rank."""
+    found = []
+    for rank in range(int(os.environ.get("WORLD_SIZE", 1))):
+        path = output_dir / log_file_name(rank)
+        with contextlib.suppress(OSError):  # no such log, or no such folder
+            is_of_this_run = path.stat().st_mtime >= (output_dir / "run.json").stat().st_mtime
+            records = re.split(r"^(?=\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} )", path.read_text().strip(), flags=re.M)
+            if is_of_this_run and " ERROR " in records[-1] and rank != int(os.environ.get("RANK", 0)):
+                found.append(f"rank {rank} ended: {records[-1].split(' ERROR ')[1]} ({path})")
+    return found
 
 
 class StopSignal:
@@ -802,6 +840,7 @@ def gather(value=None) -> list:
         values = [None] * dist.get_world_size()
         dist.all_gather_object(values, value, group=waiting_group())
     for error in (value for value in values if isinstance(value, RunError)):
+        error.is_shared = True
         raise error
     return values
 
@@ -868,6 +907,31 @@ def get_accelerator(args: Namespace) -> tuple[Accelerator, str]:
         cast_forward_inputs=False,  # rotary positions stay fp32
     )
     return accelerator, "fsdp2"
+
+
+def log_device(accelerator: Accelerator) -> None:
+    """Log what computes: the device, its memory, the compute dtype and the kernel that torch takes for attention. Warn
+    of a CPU that nobody asked for."""
+    device, dtype = accelerator.device, DTYPES[accelerator.mixed_precision]
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name, memory = properties.name, properties.total_memory
+    else:
+        name, memory = device.type.upper(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    query = torch.zeros(1, 1, 128, 64, dtype=dtype, device=device, requires_grad=True)  # [B, heads, S, d]
+    backward_name = F.scaled_dot_product_attention(query, query, query).grad_fn.name()
+    kernel = re.match(r"ScaledDotProduct(\w+?)Attention", backward_name)
+    kernel = kernel[1].lower() if kernel else "unfused"
+    dtype_name = accelerator.mixed_precision.replace("no", "fp32")
+    logger.info(f"Device: {name}, {memory / 2**30:.1f} GiB, {dtype_name}, {kernel} attention")
+    if device.type == "cpu" and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs only: install a CUDA build"
+        logger.warning(
+            "torch sees no GPU, so the training runs on the CPU, where a step of a published model takes an hour or "
+            f"more. Check that `nvidia-smi` lists the GPU (the driver), that CUDA_VISIBLE_DEVICES does not hide it, "
+            f"and that torch is built for it (torch {torch.__version__} is built for {build}). If the CPU is what "
+            "you want, set ACCELERATE_USE_CPU=true."
+        )
 
 
 # ---- Model ----------------------------------------------------------------------------------------------------------
@@ -1629,6 +1693,9 @@ def prepare(args: Namespace, accelerator: Accelerator, transformer: torch.nn.Mod
         schedule = DummyScheduler(optimizer, lr_scheduler_callable=make_schedule)
     else:
         schedule = make_schedule(optimizer)
+    # accelerate writes and reads what these leave in the lists: not the frozen base.
+    accelerator.register_save_state_pre_hook(lambda _models, weights, _folder: weights.clear())
+    accelerator.register_load_state_pre_hook(lambda models, _folder: models.clear())
     return accelerator.prepare(transformer, optimizer, schedule)
 
 
@@ -1684,7 +1751,7 @@ def not_finite(run: Run, what: str) -> RunError:
     newest = ["none", *list_checkpoints(Path(run.args.output_dir))][-1]
     saved = f"Nothing of this step was saved; the last checkpoint is {newest}"
     advice = "a lower --learning_rate, --mixed_precision bf16 in place of fp16, or a longer --lr_warmup_steps"
-    return RunError(f"step {run.step}: {what}. {saved}. Try {advice}.", exit_code=3)
+    return RunError(f"step {run.step}: {what}. {saved}. Try {advice}.", exit_code=3, is_shared=True)
 
 
 def remove_checkpoint(folder: Path) -> None:
@@ -1782,8 +1849,8 @@ def find_checkpoint(args: Namespace, settings: dict) -> Path | None:
 
 
 def make_output_folders(args: Namespace, checkpoint: Path | None, settings: dict) -> None:
-    """Make the folders that the run writes to, its log file, and run.json: what it was started with. Remove what an
-    earlier run left half-written there, and the lines of metrics.jsonl after the `checkpoint` that is resumed. Raises
+    """Make the folders that the run writes to, and run.json: what it was started with. Remove what an earlier run left
+    half-written there, and the lines of metrics.jsonl after the `checkpoint` that is resumed. Raises
     RunError."""
     output_dir, metrics = Path(args.output_dir), Path(args.output_dir) / "metrics.jsonl"
     with explain("--output_dir or --precompute_dir cannot be written", OSError):
@@ -1797,9 +1864,6 @@ def make_output_folders(args: Namespace, checkpoint: Path | None, settings: dict
         metrics.write_text("".join(f"{json.dumps(row)}\n" for row in kept))
         shown = {"kind": KIND, "command": shlex.join(sys.argv), "args": vars(args) | {"hub_token": None}}
         (output_dir / "run.json").write_text(json.dumps(shown | {"settings": settings}, indent=1))
-        log_file = logging.FileHandler(output_dir / "train.log")
-    log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.handlers = [log_file]
 
 
 def resume(run: Run, folder: Path) -> None:
@@ -2127,7 +2191,8 @@ def train(run: Run, loader: DataLoader, sampler: ShapeBatchSampler) -> None:
                     save_checkpoint(run)
             if stop:
                 number = signal.Signals(run.stop.number or signal.SIGTERM)  # none: another process got it
-                raise RunError(f"stopped by {number.name} after step {run.step}. {RESUME_HINT}", 128 + number)
+                stopped = f"stopped by {number.name} after step {run.step}. {RESUME_HINT}"
+                raise RunError(stopped, 128 + number, is_shared=True)
             if is_last:
                 break
             if args.validation_steps and run.step % args.validation_steps == 0:
@@ -2166,10 +2231,12 @@ def publish(run: Run, videos: list[tuple[str, Path]], repo_id: str | None) -> No
 def main(args: Namespace) -> None:
     """Check, precompute, train, save, publish: the stages in order. Raises RunError."""
     check_args(args)
-    transformer_config, vae_config = read_config(args, "transformer")[0], read_config(args, "vae")[0]
-    check_model(args, transformer_config, vae_config)
-    dataset = VideoDataset(**{name: getattr(args, name) for name in inspect.signature(VideoDataset).parameters})
-    accelerator, engine = get_accelerator(args)
+    with shared_work():  # a problem of one process or machine ends all of them with its message
+        accelerator, engine = get_accelerator(args)
+        log_device(accelerator)
+        transformer_config, vae_config = read_config(args, "transformer")[0], read_config(args, "vae")[0]
+        check_model(args, transformer_config, vae_config)
+        dataset = VideoDataset(**{name: getattr(args, name) for name in inspect.signature(VideoDataset).parameters})
     settings = {name: getattr(args, name) for name in SETTINGS} | {
         "num_clips": len(dataset), "num_processes": accelerator.num_processes, "engine": engine,
         "mixed_precision": accelerator.mixed_precision, "lora_targets": args.lora_target_modules,
@@ -2178,6 +2245,7 @@ def main(args: Namespace) -> None:
     checkpoint = in_first(find_checkpoint, args, settings)
     repo_id = in_first(check_hub_access, args)
     in_first(make_output_folders, args, checkpoint, settings)
+    log_to_file(Path(args.output_dir))
     in_first(start_trackers, args, accelerator)
     if args.allow_tf32:
         torch.set_float32_matmul_precision("high")
@@ -2201,17 +2269,14 @@ def main(args: Namespace) -> None:
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
 
     set_seed(seed)  # the LoRA starts the same in all processes
-    transformer = load_transformer(args, DTYPES[accelerator.mixed_precision])
-    lora = add_lora(transformer, args.rank, args.lora_alpha, args.lora_target_modules)
+    with shared_work():  # a slow disk of one process does not end the others' first collective
+        transformer = load_transformer(args, DTYPES[accelerator.mixed_precision])
+        lora = add_lora(transformer, args.rank, args.lora_alpha, args.lora_target_modules)
+        if args.init_lora:
+            load_lora(transformer, open_lora(args.init_lora)[0])
+        noise_scheduler = CogVideoXDPMScheduler.from_pretrained(**pretrained_source(args, "scheduler"))
     num_trainable = sum(parameter.numel() for parameter in lora)
-    if args.init_lora:
-        load_lora(transformer, open_lora(args.init_lora)[0])
-    noise_scheduler = CogVideoXDPMScheduler.from_pretrained(**pretrained_source(args, "scheduler"))
-    gather()  # a slow disk of one process must not end the others' first collective
     trained = prepare(args, accelerator, transformer, max_train_steps)
-    # accelerate writes and reads what these leave in the lists: not the frozen base.
-    accelerator.register_save_state_pre_hook(lambda _models, weights, _folder: weights.clear())
-    accelerator.register_load_state_pre_hook(lambda models, _folder: models.clear())
     run = Run(
         args, accelerator, *trained, noise_scheduler, vae_config, prompt_files, latents, max_train_steps, settings,
         seed,
@@ -2256,16 +2321,20 @@ def command_line() -> None:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         what = f"another process of this run was lost, or did not start ({str(error).splitlines()[0]})"
-        problem = RunError(f"{what}. {RESUME_HINT}", exit_code=5)
-    if problem and logger.handlers:
+        problem = RunError("\n".join([f"{what}. {RESUME_HINT}", *last_errors(Path(args.output_dir))]), exit_code=5)
+    if problem is None:
+        sys.exit(0)
+    is_own = dist.is_initialized() and not problem.is_shared  # no other process has it
+    if is_first_process() or is_own:
         logger.propagate = False  # into the log file alone
         logger.error(problem)
-    if problem and (problem.exit_code == 5 or os.environ.get("LOCAL_RANK", "0") == "0"):
+    if is_own or os.environ.get("LOCAL_RANK", "0") == "0":
+        rank = f"rank {dist.get_rank()}: " if is_own else ""
         kind = "" if problem.exit_code > 128 else "error: "
-        print(f"{Path(sys.argv[0]).name}: {kind}{problem}", file=sys.stderr, flush=True)
-    if problem and problem.exit_code == 5:
-        os._exit(5)  # at a usual exit the process group would wait for the lost process
-    sys.exit(problem.exit_code if problem else 0)
+        print(f"{Path(sys.argv[0]).name}: {rank}{kind}{problem}", file=sys.stderr, flush=True)
+    if is_own:
+        os._exit(problem.exit_code)  # at a usual exit the process group would wait for the other processes
+    sys.exit(problem.exit_code)
 
 
 if __name__ == "__main__":

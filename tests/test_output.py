@@ -99,6 +99,29 @@ def test_files_are_open_to_who_may_read_new_files(run, clips):
     assert len(files) >= 2 + 8 and {path.stat().st_mode & 0o777 for path in files} == {0o640}
 
 
+DEVICE = r"Device: CPU, \d+\.\d GiB, fp32, flash attention"
+
+
+def test_log_begins_with_the_device(launch, tmp_path):
+    """On the terminal and in the file, which has all later lines too, the warnings before it existed included."""
+    child = launch(max_num_frames=8)
+    assert child.wait() == 0
+    lines = [line for line in child.said().splitlines() if LINE.fullmatch(line)]
+    assert re.fullmatch(rf"\d\d:\d\d:\d\d INFO {DEVICE}", lines[0])
+    written = (tmp_path / "output" / "train.log").read_text().splitlines()
+    assert re.fullmatch(rf"\S+ \S+ INFO {DEVICE}", written[0])
+    assert "--max_num_frames 8 is not 4k+1: 5 frames are used" in written[1]
+    assert "built for" not in child.said()  # the tests ask for the CPU
+
+
+def test_training_on_a_cpu_that_nobody_asked_for_is_warned_of(launch):
+    child = launch(prepare=lambda _: os.environ.pop("ACCELERATE_USE_CPU"))
+    assert child.wait() == 0
+    (warning,) = [line for line in child.said().splitlines() if " WARNING " in line]
+    for words in ("torch sees no GPU", "on the CPU", "nvidia-smi", "CUDA_VISIBLE_DEVICES", "is built for"):
+        assert words in warning
+
+
 def test_what_a_run_leaves_for_its_report(launch, clips, tmp_path):
     """Its settings, how long each stage took, and its log, with the message that it ended with."""
     settings = {"instance_data_root": clips, "max_train_steps": 2, "hub_token": "hf_secret"} | ASK

@@ -296,6 +296,34 @@ def test_a_lost_process_ends_the_others(launch, tmp_path, where):
     assert "--resume_from_checkpoint latest" in said
 
 
+def lack_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize("where", ["encoding", "in a step", "in a step, the second"])
+def test_who_alone_runs_out_of_memory_says_so(launch, tmp_path, where):
+    """On its own line and in its own log; the others say which one has ended, and of what."""
+    rank, owner, method, more = LOST[where]
+    settings = TWO | {"instance_data_root": tiny.make_clips(tmp_path / "clips"), "precompute_dir": None} | more
+    children = launch(2, prepare=in_rank(rank, owner, method, 2, lack_memory), **settings)
+    codes = [5, 5]
+    codes[rank] = 6
+    said = finish(children, codes, seconds=60)
+    problem = "the device has too little memory: CUDA out of memory. Tried to allocate 2.00 GiB."
+    assert f"rank {rank}: error: {problem}" in said[rank] and "--gradient_checkpointing" in said[rank]
+    assert f"rank {rank} ended: {problem}" in said[1 - rank] and "was lost" in said[1 - rank]
+    log = (tmp_path / "output" / ("train.rank1.log" if rank else "train.log")).read_text()
+    assert f" ERROR {problem}" in log.splitlines()[-1]
+    assert "Traceback" not in "".join(said)
+
+
+def test_what_ends_all_processes_is_said_once(launch, tmp_path):
+    """By the first process of the machine; the other one leaves no log."""
+    first, second = finish(launch(2, **TWO, learning_rate=1e30, max_grad_norm=1e30), [3, 3])
+    assert first.count("error: step ") == 1 and "error" not in second
+    assert not list((tmp_path / "output").glob("train.rank*.log"))
+
+
 @pytest.mark.long
 def test_launcher_restarts_after_a_lost_process(script, flags, launch, tmp_path):
     """The run ends with the weights of a run without a loss."""
