@@ -90,11 +90,13 @@ VIDEO_TYPES, PICTURE_TYPES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif"}, 
 STATE_FILE = "training_state.json"  # the last file that is written into a checkpoint: with it, it is complete
 CACHE_FORMAT = 1  # raise it when the content of a precomputed file changes for the same key
 ENCODED_PIXEL, DECODED_PIXEL = 12_000, 25_000  # values that the VAE holds at its peak for each of a frame, untiled
+OTHER_MEMORY = 1.5 * 2**30  # bytes of a card that CUDA, the VAE's weights and a desktop may take
 SMALL_TILES = (144, 200)  # pixels; the overlaps of the VAE's tiles, 1/6 and 1/5 of them, must be whole latent pixels
 DECODE_SECONDS = 60  # after which a clip counts as one that cannot be decoded
 SHARDED_BASE = ("deepspeed zero3", "fsdp2")  # engines under which all processes take part in each forward pass
 RESUME_HINT = "To continue, give the same command with --resume_from_checkpoint latest."
-POSITION = ("seed", "step", "epoch", "batch")  # of a run in its data
+# What a resumed run takes from its checkpoint: the position in the data, and what was decided by the card's memory.
+RUN_STATE = ("seed", "step", "epoch", "batch", "is_encoded_in_tiles", "is_decoded_in_tiles")
 SETTINGS = (  # kept in a checkpoint and shown in the card
     "rank lora_alpha optimizer use_8bit_adam learning_rate lr_scheduler lr_warmup_steps train_batch_size "
     "gradient_accumulation_steps height width max_num_frames buckets fps frame_sampling video_reshape_mode "
@@ -977,8 +979,22 @@ def pretrained_source(args: Namespace, subfolder: str, dtype: torch.dtype | None
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that are free on a GPU; no limit on the CPU."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+    """Return the bytes that are free on a GPU, those that torch keeps for later included; infinity for the CPU."""
+    if device.type != "cuda":
+        return math.inf
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def device_memory(device: torch.device) -> float:
+    """Return the bytes that a GPU has in all; infinity for the CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+
+
+def is_too_large(accelerator: Accelerator, size: float) -> bool:
+    """Return whether `size` bytes are too much for the smallest card of all processes. What other programs hold at the
+    moment does not count, since what depends on the answer must not change from one run to the next. Collective."""
+    return min(gather(device_memory(accelerator.device))) < size + OTHER_MEMORY
 
 
 def load_vae(args: Namespace, dtype: torch.dtype) -> AutoencoderKLCogVideoX:
@@ -1570,13 +1586,14 @@ def decode_videos(dataset: VideoDataset, indices: list[int], dtype: torch.dtype,
         yield index, answer if isinstance(answer, str) else safetensors.torch.load(answer)
 
 
-def precompute_videos(args: Namespace, accelerator: Accelerator, dataset: VideoDataset) -> list[tuple | None]:
+def precompute_videos(
+    args: Namespace, accelerator: Accelerator, dataset: VideoDataset, is_in_tiles: bool
+) -> list[tuple | None]:
     """Encode each clip once, and its mirror image for --random_flip; returns the files of each clip. The VAE is loaded
     only if a clip is new, and freed before this returns. Raises RunError that lists every clip that cannot be decoded,
     after the others are encoded; with --skip_bad_videos those have None in place of their files."""
     folder, dtype = precompute_folder(args), DTYPES[accelerator.mixed_precision]
-    need = max(height * width for _, height, width in dataset.buckets) * ENCODED_PIXEL * dtype.itemsize
-    tiling = args.enable_tiling or gather(free_memory(accelerator.device) < need)[0]
+    tiling = args.enable_tiling or is_in_tiles
     content = {"made_for": KIND, "settings": dataset.settings, "dtype": str(dtype)}
     content["encoder"] = model_identity(args, "vae") | {"tiling": tiling}
     paths = []
@@ -1594,7 +1611,7 @@ def precompute_videos(args: Namespace, accelerator: Accelerator, dataset: VideoD
         vae = load_vae(args, dtype).to(accelerator.device)
         vae.use_tiling = tiling
         if tiling != args.enable_tiling:
-            logger.info(f"Whole frames would take {need / 2**30:.1f} GiB: clips are encoded as with --enable_tiling")
+            logger.info("Whole frames would take more than the card has: clips are encoded as with --enable_tiling")
     videos = decode_videos(dataset, share, dtype, max(1, args.dataloader_num_workers))
     bad = {}
     with shared_work():
@@ -1771,7 +1788,8 @@ def prepare(args: Namespace, accelerator: Accelerator, transformer: torch.nn.Mod
 
 @dataclasses.dataclass
 class Run:
-    """What checkpoints, validation and the loop share. Only the position in the data changes."""
+    """What checkpoints, validation and the loop share. Only the position in the data changes. Its creation is
+    collective."""
 
     args: Namespace
     accelerator: Accelerator
@@ -1788,10 +1806,16 @@ class Run:
     step: int = 0  # optimizer steps taken
     epoch: int = 0
     batch: int = 0  # micro-batches of this epoch that each process has taken
+    is_encoded_in_tiles: bool = False
     stop: StopSignal = dataclasses.field(default_factory=StopSignal)
 
     def __post_init__(self):
         self.base = self.accelerator.unwrap_model(self.transformer)  # the transformer without the engine's wrapper
+        weights = sum(parameter.nbytes for parameter in self.base.parameters())
+        states = 2 * sum(parameter.nbytes for parameter in lora_parameters(self.base).values())  # the optimizer's
+        pixels = self.args.height * self.args.width
+        decoding = pixels * DECODED_PIXEL * DTYPES[self.accelerator.mixed_precision].itemsize
+        self.is_decoded_in_tiles = is_too_large(self.accelerator, weights + states + decoding)
 
 
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------
@@ -1857,7 +1881,7 @@ def save_checkpoint(run: Run) -> None:
     if all(gather(is_written)) and accelerator.is_main_process:
         with attempt(f"Writing {folder}"):
             content = {"saved_at": time.time(), "settings": run.settings, "sizes": file_sizes(partial)}
-            content |= {"state": {name: getattr(run, name) for name in POSITION}}
+            content |= {"state": {name: getattr(run, name) for name in RUN_STATE}}
             (partial / STATE_FILE).write_text(json.dumps(content, indent=1))
             for path in (*partial.rglob("*"), partial):
                 flush(path)
@@ -1940,8 +1964,8 @@ def resume(run: Run, folder: Path) -> None:
     """Load what `save_checkpoint` wrote, each process its random generators, and where the run was. Collective."""
     accelerator, content = run.accelerator, read_training_state(folder)
     saved, settings = content["settings"], run.settings
-    for name in POSITION:
-        setattr(run, name, content["state"][name])
+    for name in RUN_STATE:
+        setattr(run, name, content["state"].get(name, getattr(run, name)))  # older checkpoints do not have all
     # A process without generators in the checkpoint must not draw the run's first noise again.
     set_seed(run.seed + run.step, device_specific=True)
     if accelerator.distributed_type != DistributedType.DEEPSPEED:  # which keeps it in fp32 and in the compute dtype
@@ -2013,6 +2037,8 @@ def log_validation(
     paths, videos = files or validation_files(args, epoch, is_final_validation, 0), []
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if pipe.transformer.device != accelerator.device:  # it left while the video before this one was decoded
+            pipe.transformer.to(accelerator.device)
         video = pipe(**pipeline_args, generator=generator, output_type="np").frames[0]  # [>=F, H, W, C]
         # Of an even number of latent frames the VAE makes four frames of the first one too: the last F are the video.
         videos.append(video[-pipeline_args.get("num_frames", 0) :])  # [F, H, W, C]
@@ -2036,12 +2062,12 @@ def own_share(run: Run, count: int) -> list[int]:
     return [min(number, count - 1) for number in range(run.accelerator.process_index, rounds, processes)]
 
 
-def after_denoising(run: Run, is_short: bool, pipe: PIPELINE, step: int, _timestep, tensors: dict) -> dict:
+def after_denoising(run: Run, pipe: PIPELINE, step: int, _timestep, tensors: dict) -> dict:
     """For the pipeline to call after each denoising step. Where memory is short, the transformer leaves the device
     before the video is decoded. Raises InterruptedError after a signal."""
     if run.stop.number:
         raise InterruptedError("a signal asks the run to stop")
-    if is_short and step == pipe.num_timesteps - 1:
+    if run.is_decoded_in_tiles and step == pipe.num_timesteps - 1:
         run.base.to("cpu")
     return tensors
 
@@ -2081,8 +2107,7 @@ def run_validation(run: Run, is_final: bool = False) -> list[tuple[str, Path]]:
     if share:
         with attempt("Validation"), stage(args, "sampling", run.step):
             vae = load_vae(args, DTYPES[accelerator.mixed_precision]).to(accelerator.device)
-            need = args.height * args.width * DECODED_PIXEL * vae.dtype.itemsize
-            if is_short := free_memory(accelerator.device) < need:
+            if run.is_decoded_in_tiles:
                 vae.enable_tiling(*SMALL_TILES)
             pipe = PIPELINE(None, None, vae, run.base, run.noise_scheduler)
             pipe.set_progress_bar_config(disable=not (is_first_process() and sys.stderr.isatty()), leave=False)
@@ -2092,8 +2117,7 @@ def run_validation(run: Run, is_final: bool = False) -> list[tuple[str, Path]]:
                     embeds = load_file(run.prompt_files[prompt])["prompt_embeds"]  # [S, D]
                     pipeline_args[name] = embeds[None].to(accelerator.device)  # [1, S, D]
                 if run.settings["engine"] not in SHARDED_BASE:
-                    run.base.to(accelerator.device)
-                    pipeline_args["callback_on_step_end"] = functools.partial(after_denoising, run, is_short)
+                    pipeline_args["callback_on_step_end"] = functools.partial(after_denoising, run)
                 files = validation_files(args, run.step, is_final, index)
                 log_validation(pipe, args, accelerator, pipeline_args, run.epoch, is_final, files)
                 logger.info(f"Sampled prompt {index + 1} of {len(inputs)} at step {run.step}")
@@ -2319,16 +2343,20 @@ def main(args: Namespace) -> None:
     in_first(start_trackers, args, accelerator)
     if args.allow_tf32:
         torch.set_float32_matmul_precision("high")
+    saved = gather(read_training_state(checkpoint)["state"] if checkpoint else {})[0]
     seed = random.SystemRandom().getrandbits(31) if args.seed is None else args.seed
-    seed = gather(read_training_state(checkpoint)["state"]["seed"] if checkpoint else seed)[0]
+    seed = saved.get("seed", gather(seed)[0])
 
     # Each encoder is alone on the device, and freed before the transformer is loaded.
     captions = [dataset.prompt(index) for index in range(len(dataset))]
     prompts = [*captions, *(run_input["prompt"] for run_input in validation_inputs(args)), ""]
     with stage(args, "encoding prompts"):
         prompt_files = precompute_prompts(args, accelerator, prompts, transformer_config["max_text_seq_length"])
+    pixels = max(height * width for _, height, width in dataset.buckets)
+    is_in_tiles = is_too_large(accelerator, pixels * ENCODED_PIXEL * DTYPES[accelerator.mixed_precision].itemsize)
+    is_in_tiles = saved.get("is_encoded_in_tiles", is_in_tiles)
     with stage(args, "encoding videos"):
-        video_files = precompute_videos(args, accelerator, dataset)
+        video_files = precompute_videos(args, accelerator, dataset, is_in_tiles)
     clips = zip(video_files, map(prompt_files.get, captions), [record.path for record in dataset.records], strict=True)
     folders = "--output_dir and --precompute_dir must be folders that all machines share"
     with shared_work(), explain(folders, OSError):
@@ -2345,16 +2373,16 @@ def main(args: Namespace) -> None:
         if args.init_lora:
             load_lora(transformer, open_lora(args.init_lora)[0])
         noise_scheduler = CogVideoXDPMScheduler.from_pretrained(**pretrained_source(args, "scheduler"))
-    num_trainable = sum(parameter.numel() for parameter in lora)
     trained = prepare(args, accelerator, transformer, max_train_steps)
     run = Run(
         args, accelerator, *trained, noise_scheduler, vae_config, prompt_files, latents, max_train_steps, settings,
-        seed,
+        seed, is_encoded_in_tiles=is_in_tiles,
     )
     set_seed(seed, device_specific=True)  # each process draws its own noise
     if checkpoint is not None:
         resume(run, checkpoint)
     logger.info(f"Steps: {max_train_steps}, {steps_per_epoch} an epoch")
+    num_trainable = sum(parameter.numel() for parameter in lora)
     logger.info(f"LoRA: {num_trainable:,} parameters of rank {args.rank}, applied at {args.lora_alpha / args.rank:g}")
     try:
         with run.stop.installed():

@@ -1,6 +1,8 @@
 """Validation writes videos as asked, and sends them to trackers; the token goes nowhere."""
 
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -206,27 +208,59 @@ def test_tracker_without_login_ends_the_run_before_encoding(script, flags, run, 
     assert "Traceback" not in done.stderr and not list((tmp_path / "pre").glob("*/*"))
 
 
-@pytest.mark.parametrize("free", [700e6, 500e6])
-def test_samples_are_decoded_in_tiles_where_memory_is_short(script, run, monkeypatch, free):
-    """Decoding takes up to 25,000 values a pixel of a frame: 614 MB of 64 x 96 in fp32."""
-    tiled = []
-    monkeypatch.setattr(script, "free_memory", lambda _device: free)
-    enable_tiling = script.AutoencoderKLCogVideoX.enable_tiling
-    spy = lambda self, *size: tiled.append(size) or enable_tiling(self, *size)  # noqa: E731
-    monkeypatch.setattr(script.AutoencoderKLCogVideoX, "enable_tiling", spy)
-    output = run(max_train_steps=1, validation_prompt="a red square", num_inference_steps=1)
-    assert len(tiled) == 2 * (free < 600e6) and list(output.glob("validation/*.mp4"))
+@pytest.fixture
+def tiled(script, monkeypatch) -> list:
+    """Grows at each decoding of a sample, by whether it is done in small tiles."""
+    found = []
+    decode = script.AutoencoderKLCogVideoX.decode
+
+    def spy(self, *arguments, **keywords):
+        found.append(self.use_tiling and self.tile_sample_min_height == script.SMALL_TILES[0])
+        return decode(self, *arguments, **keywords)
+
+    monkeypatch.setattr(script.AutoencoderKLCogVideoX, "decode", spy)
+    return found
+
+
+@pytest.mark.parametrize("memory", [700e6, 500e6])
+def test_samples_are_decoded_in_tiles_where_memory_is_short(script, run, monkeypatch, tiled, memory):
+    """Decoding takes up to 25,000 values a pixel of a frame: 614 MB of 64 x 96 in fp32. What other programs and torch
+    itself hold in the meantime changes nothing: all samples of a run are decoded alike."""
+    free = itertools.cycle([1e4, 1e12])
+    monkeypatch.setattr(script, "free_memory", lambda _device: next(free))
+    monkeypatch.setattr(script, "device_memory", lambda _device: memory + script.OTHER_MEMORY)
+    output = run(max_train_steps=2, validation_prompt="a red square", num_inference_steps=1, validation_steps=1)
+    assert tiled == [memory < 600e6] * 3 and len(list(output.glob("validation/*.mp4"))) == 3
+
+
+@pytest.mark.parametrize(("first", "then"), [(1e6, math.inf), (math.inf, 1e6)])
+def test_a_resumed_run_keeps_its_tiles_on_another_card(script, run, monkeypatch, caplog, tmp_path, tiled, first, then):
+    """Else it would encode all clips again, and its samples could not be compared with those before."""
+    caplog.set_level("INFO")
+    settings = {"validation_prompt": "a red square", "num_inference_steps": 1, "precompute_dir": tmp_path / "encoded"}
+    monkeypatch.setattr(script, "device_memory", lambda _device: first)
+    run(**settings, max_train_steps=1)
+    caplog.clear()
+    monkeypatch.setattr(script, "device_memory", lambda _device: then)
+    run(**settings, max_train_steps=2, resume_from_checkpoint="latest")
+    assert "videos: 0 of 4 to encode" in caplog.text
+    assert tiled == [first < math.inf] * 3
 
 
 @pytest.mark.parametrize("error", [None, torch.OutOfMemoryError("no room to decode")])
 def test_transformer_leaves_the_device_while_a_sample_is_decoded(script, run, monkeypatch, error):
     """Where memory is short; also after an error it is back before the training continues."""
     events = []
-    to, decode = script.CogVideoXTransformer3DModel.to, script.AutoencoderKLCogVideoX.decode
+    forward, decode = script.CogVideoXTransformer3DModel.forward, script.AutoencoderKLCogVideoX.decode
 
-    def move(self, *places, **keywords):
+    def move(self, *places, **_keywords):  # this machine has one device: its places are pretended
         events.append("leaves" if places == ("cpu",) else "is there")
-        return to(self, *places, **keywords)
+        self.place = torch.device("meta" if places == ("cpu",) else "cpu")
+        return self
+
+    def denoise(self, *arguments, **keywords):
+        assert self.device.type == "cpu", "the transformer is not where its inputs are"
+        return forward(self, *arguments, **keywords)
 
     def decode_or_fail(self, *arguments, **keywords):
         events.append("decoding")
@@ -234,9 +268,12 @@ def test_transformer_leaves_the_device_while_a_sample_is_decoded(script, run, mo
             raise error
         return decode(self, *arguments, **keywords)
 
-    monkeypatch.setattr(script, "free_memory", lambda _device: 1e6)
+    monkeypatch.setattr(script, "device_memory", lambda _device: 1e6)
     monkeypatch.setattr(script.CogVideoXTransformer3DModel, "to", move)
+    device = property(lambda self: getattr(self, "place", torch.device("cpu")))
+    monkeypatch.setattr(script.CogVideoXTransformer3DModel, "device", device)
+    monkeypatch.setattr(script.CogVideoXTransformer3DModel, "forward", denoise)
     monkeypatch.setattr(script.AutoencoderKLCogVideoX, "decode", decode_or_fail)
-    run(max_train_steps=1, validation_prompt="a red square", num_inference_steps=2)
-    sampled = ["is there", "leaves", "decoding", "is there"]
-    assert events[-len(sampled) :] == sampled and events.count("decoding") == 2
+    run(max_train_steps=1, validation_prompt="a red square", num_inference_steps=2, num_validation_videos=2)
+    sampled = ["leaves", "decoding", "is there"] * (1 if error else 2)
+    assert events[-len(sampled) :] == sampled and events.count("decoding") == (2 if error else 4)

@@ -293,13 +293,18 @@ def latent_frames(frames: int) -> int:
     return (frames - 1) // 4 + 1
 
 
+def is_too_large(script: ModuleType, size: float, limit: float) -> bool:
+    """Return whether the script finds `size` bytes too much for a card of which CUDA leaves `limit` bytes."""
+    return limit + CUDA_CONTEXT * GIB < size + script.OTHER_MEMORY
+
+
 def sampling_cost(
     script: ModuleType, args: Namespace, vae: torch.nn.Module, transformer: torch.nn.Module, training: Cost,
     limit: float,
 ) -> Cost:
     """Of a validation video: --num_inference_steps calls of the transformer, each with and without the prompt
-    (classifier-free guidance), and the decoding. The optimizer's state stays on the device. Where the script finds
-    less than `limit` bytes free, it decodes in tiles, without the transformer."""
+    (classifier-free guidance), and the decoding. The optimizer's state stays on the device. Where that is too much
+    for `limit` bytes, the script decodes in tiles, without the transformer."""
     config, scale = transformer.config, script.pixels_per_latent(vae.config)
     new = functools.partial(torch.zeros, dtype=vae.dtype, device="meta")
     frames = latent_frames(script.frames_4k_plus_1(args.max_num_frames))
@@ -314,8 +319,8 @@ def sampling_cost(
     both = both.expand(2, -1, -1, -1, -1)
     cost = count([transformer.eval(), vae], lambda: transformer(both, timestep=timesteps, **conditions))
     held = training.parts["base"] + training.parts["LoRA"] + training.parts["optimizer"]
-    weights = sum(parameter.nbytes for parameter in vae.parameters())
-    if limit - held - weights < args.height * args.width * script.DECODED_PIXEL * vae.dtype.itemsize:
+    decoding = args.height * args.width * script.DECODED_PIXEL * vae.dtype.itemsize
+    if is_too_large(script, held + decoding, limit):
         vae.enable_tiling(*script.SMALL_TILES)
         held = training.parts["optimizer"]
     compressed = latents.permute(0, 2, 1, 3, 4).to(vae.dtype)  # [1, C, f, h, w]
@@ -344,7 +349,7 @@ def encoding_costs(
     vae, scale = new_vae(args, configs["vae"], dtype), script.pixels_per_latent(configs["vae"])
     frames, height, width = shape
     video = torch.zeros(4 * frames - 3, 3, scale * height, scale * width, dtype=dtype, device="meta")  # [F, C, H, W]
-    if limit < script.ENCODED_PIXEL * dtype.itemsize * math.prod(video.shape[2:]):
+    if is_too_large(script, script.ENCODED_PIXEL * dtype.itemsize * math.prod(video.shape[2:]), limit):
         vae.use_tiling = True
     return costs | {"encoding a clip": count([vae], lambda: script.encode_video(vae, video))}
 
