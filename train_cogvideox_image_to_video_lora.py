@@ -91,7 +91,7 @@ STATE_FILE = "training_state.json"  # the last file that is written into a check
 CACHE_FORMAT = 1  # raise it when the content of a precomputed file changes for the same key
 ENCODED_PIXEL, DECODED_PIXEL = 12_000, 25_000  # values that the VAE holds at its peak for each of a frame, untiled
 OTHER_MEMORY = 1.5 * 2**30  # bytes of a card that CUDA, the VAE's weights and a desktop may take
-SMALL_TILES = (144, 200)  # pixels; the overlaps of the VAE's tiles, 1/6 and 1/5 of them, must be whole latent pixels
+SMALL_TILES = (144, 160)  # pixels; the overlaps of the VAE's tiles, 1/6 and 1/5 of them, must be whole latent pixels
 DECODE_SECONDS = 60  # after which a clip counts as one that cannot be decoded
 SHARDED_BASE = ("deepspeed zero3", "fsdp2")  # engines under which all processes take part in each forward pass
 RESUME_HINT = "To continue, give the same command with --resume_from_checkpoint latest."
@@ -131,6 +131,7 @@ def listing(items: list[str], limit: int = 20) -> str:
 
 
 log_error_once = functools.cache(logger.error)
+log_warning_once = functools.cache(logger.warning)
 
 
 @contextlib.contextmanager
@@ -248,6 +249,8 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     add("--gradient_checkpointing", action="store_true", help="recompute activations: far less memory, slower")
     policy = "attention: its results are kept and not recomputed: faster, 0.1 GiB a block"
     add("--checkpoint_policy", choices=["full", "attention"], default="full", help=policy)
+    base = "the frozen base waits in host memory, and two of its blocks are on the device: the same numbers"
+    add("--offload_base", action="store_true", help=base)
     offload = "keep what recomputation starts from in host memory, and the feed-forward layers in 8 parts"
     add("--offload_activations", action="store_true", help=offload)
     quantize = "hold the frozen base in 4 or 8 bits: less memory, slower, and a base that is not quite the same"
@@ -437,8 +440,11 @@ def check_args(args: Namespace) -> None:
         problems.append("no data: give --instance_data_root (a folder of clips and captions) or --dataset_name")
     elif args.instance_data_root is not None and not Path(args.instance_data_root).is_dir():
         problems.append(f"--instance_data_root: there is no folder {args.instance_data_root}")
-    if not args.gradient_checkpointing and (args.offload_activations or args.checkpoint_policy != "full"):
-        problems.append("--checkpoint_policy and --offload_activations need --gradient_checkpointing")
+    needs_recomputation = args.offload_base or args.offload_activations or args.checkpoint_policy != "full"
+    if needs_recomputation and not args.gradient_checkpointing:
+        problems.append("--checkpoint_policy, --offload_activations and --offload_base need --gradient_checkpointing")
+    if args.offload_base and (args.quantize_base or args.compile):
+        problems.append("--offload_base does not work with --quantize_base or --compile")
     try:
         validation_inputs(args)
     except (RunError, ValueError) as error:  # ValueError: of str.split
@@ -450,7 +456,7 @@ def check_args(args: Namespace) -> None:
 def memory_flags(args: Namespace) -> list[tuple[str, object]]:
     """The flags, with their values, that save device memory in training and are not in `args`; the cheapest first."""
     flags = [("train_batch_size", 1), ("gradient_checkpointing", True), ("checkpoint_policy", "full")]
-    flags += [("use_8bit_adam", True), ("offload_activations", True)]
+    flags += [("offload_base", True), ("offload_activations", True), ("use_8bit_adam", True)]
     flags += [("quantize_base", kind) for kind in ("int8", "nf4") if (args.quantize_base, kind) != ("nf4", "int8")]
     flags += [("rank", rank) for rank in (64, 16) if rank < args.rank]
     return [(name, value) for name, value in flags if getattr(args, name) != value]
@@ -504,9 +510,16 @@ from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.functional import InterpolationMode, resize
 from tqdm.auto import tqdm
@@ -913,10 +926,13 @@ def get_accelerator(args: Namespace) -> tuple[Accelerator, str]:
             step_scheduler_with_optimizer=False,  # accelerate would step the schedule once a process
         )
     is_replicated = accelerator.distributed_type not in (DistributedType.DEEPSPEED, DistributedType.FSDP)
-    if not is_replicated and (args.quantize_base or args.compile):
-        raise RunError(f"--quantize_base and --compile do not work with {accelerator.distributed_type.value}")
+    if not is_replicated and (args.quantize_base or args.compile or args.offload_base):
+        flags = "--quantize_base, --compile and --offload_base"
+        raise RunError(f"{flags} do not work with {accelerator.distributed_type.value}")
     if accelerator.mixed_precision not in DTYPES:
         raise RunError(f"accelerate's configuration says {accelerator.mixed_precision}: give --mixed_precision")
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise RunError("the launcher has started several processes, but each is alone: torch sees no GPU (nvidia-smi)")
     if (steps := accelerator.gradient_accumulation_steps) != args.gradient_accumulation_steps:
         raise RunError(f"accelerate's configuration says {steps}: give the same --gradient_accumulation_steps")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -1078,45 +1094,135 @@ def keep_attention(_context, operation, *_arguments, **_keywords) -> CheckpointP
     return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-class HostActivations(torch.autograd.graph.saved_tensors_hooks):
-    """While it is entered, what is saved for the backward pass waits in pinned host memory. A stream of its own copies
-    it beside the computation: out at once, and back one block before it is needed. torch's save_on_cpu has the
-    computation wait for the copies."""
+def recomputation_contexts(args: Namespace) -> Callable:
+    """Return what makes the contexts in which a block runs, and runs again in the backward pass."""
+    if args.checkpoint_policy == "full":
+        return noop_context_fn
+    # What is kept stays on the device with --offload_activations, too; torch warns that this may change one day.
+    warnings.filterwarnings("ignore", message="A saved_tensors_hooks context")
+    return functools.partial(create_selective_checkpoint_contexts, keep_attention)
 
-    def __init__(self, device: torch.device):
-        super().__init__(self.pack, self.unpack)
-        self.streams = torch.get_device_module(device)
+
+def host_memory(size: tuple[int, ...], dtype: torch.dtype, device: torch.device, is_pinned: bool = True) -> Tensor:
+    """Return an empty tensor in host memory, for copies from and to `device`; the computation waits for them where it
+    cannot be pinned. For the meta device it has no memory."""
+    if device.type == "cuda" and is_pinned:
+        try:
+            return torch.empty(size, dtype=dtype, pin_memory=True)
+        except RuntimeError as error:  # there is a limit to locked memory, as in many containers (ulimit -l)
+            log_warning_once(f"Host memory cannot be pinned, so copies take longer: {str(error).splitlines()[0]}")
+    return torch.empty(size, dtype=dtype, device="meta" if device.type == "meta" else "cpu")
+
+
+def to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
+    """Copy to host memory what the forward pass saves. The copy is queued with the computation, which is why the
+    device's memory can be used again at once, and why nothing waits for it."""
+    host = host_memory(tensor.shape, tensor.dtype, tensor.device)
+    return tensor.device, host.copy_(tensor, non_blocking=True)
+
+
+def to_device(saved: tuple[torch.device, Tensor]) -> Tensor:
+    """Copy what `to_host` returned back to its device."""
+    device, host = saved
+    return host.to(device, non_blocking=True)
+
+
+class HostBlocks:
+    """Frozen weights of a model's blocks, which wait in host memory while two blocks are on the device.
+
+    Block i computes from slot i % 2 of the device: its neighbors on both sides are in the other slot. When a block
+    begins, it waits for its weights, and the copy of the block after it starts, in the order of use: upwards in a
+    forward pass, downwards where blocks are recomputed. Copies have a stream of their own. One starts after all that
+    the computation has queued, so that a slot is read to its end before it is written again. Weights are only read:
+    nothing is copied back. Without recomputation they would be overwritten before their backward pass.
+
+    The parameters of the blocks become views of the slots. Whoever moves them (`.to`) breaks that in silence, with
+    plausible losses and no gradients: so each block checks its own when it begins, and raises RuntimeError.
+    """
+
+    def __init__(
+        self, blocks: torch.nn.ModuleList, device: torch.device, context_fn: Callable = noop_context_fn,
+        is_pinned: bool = True,
+    ):  # fmt: skip
+        self.blocks, self.context_fn = list(blocks), context_fn
+        self.streams = torch.get_device_module("cpu" if device.type == "meta" else device)
         self.copying = self.streams.Stream()
+        self.copied = [self.streams.Event(), self.streams.Event()]  # by slot
+        self.in_slot = [None, None]  # the blocks whose weights are there, or on their way
+        self.current = None  # the block that began last
+        frozen = [[t for t in (*block.parameters(), *block.buffers()) if not t.requires_grad] for block in self.blocks]
+        sizes = [sum(self.padded(tensor.nbytes) for tensor in tensors) for tensors in frozen]
+        self.slots = [torch.empty(max(sizes), dtype=torch.uint8, device=device) for _ in range(2)]
+        self.on_host, self.places = [], []
+        for index, (block, tensors, size) in enumerate(zip(self.blocks, frozen, sizes, strict=True)):
+            # torch rounds pinned memory up to a power of two: for a 5B 1 % more, tensor by tensor 76 %.
+            buffer = host_memory((size,), torch.uint8, device, is_pinned)
+            start, places = 0, []
+            for tensor in tensors:
+                self.view(buffer, start, tensor).copy_(tensor)
+                place = self.view(self.slots[index % 2], start, tensor)
+                tensor.data = place
+                places.append((tensor, place.data_ptr()))
+                start += self.padded(tensor.nbytes)
+            for parameter in block.parameters():
+                if parameter.requires_grad:  # the LoRA's
+                    parameter.data = parameter.data.to(device)
+            self.on_host.append(buffer)
+            self.places.append(places)
+            block.register_forward_pre_hook(lambda block, _inputs: self.begin(block))
 
-    def __enter__(self):
-        self.on_host, self.returned = [], {}  # by number, also after a step that failed
-        return super().__enter__()
+    @staticmethod
+    def padded(size: int) -> int:
+        """Return the room in bytes for `size` bytes: kernels read aligned weights faster."""
+        return math.ceil(size / 256) * 256
 
-    def to_host(self, tensor: Tensor) -> Tensor:
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return host.copy_(tensor, non_blocking=True)
+    @staticmethod
+    def view(buffer: Tensor, start: int, like: Tensor) -> Tensor:
+        """Return bytes of `buffer` as a tensor of another one's dtype and shape."""
+        return buffer[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
-    def to_device(self, host: Tensor, device: torch.device) -> Tensor:
-        return host.to(device, non_blocking=True)
+    def transfer(self, slot: Tensor, buffer: Tensor) -> None:
+        """Copy the weights of a block to the device."""
+        slot[: len(buffer)].copy_(buffer, non_blocking=True)
 
-    def pack(self, tensor: Tensor) -> int:
+    def fetch(self, index: int) -> None:
+        """Start to copy the weights of block `index`, if it exists and they are not there or on their way."""
+        number = index % 2
+        if not 0 <= index < len(self.blocks) or self.in_slot[number] == index:
+            return
         self.copying.wait_stream(self.streams.current_stream())
         with self.streams.stream(self.copying):
-            self.on_host.append((self.to_host(tensor), tensor.device))
-        if tensor.is_cuda:
-            tensor.record_stream(self.copying)  # its memory is not used again before it is copied
-        return len(self.on_host) - 1
+            self.transfer(self.slots[number], self.on_host[index])
+            self.copied[number].record()
+        self.in_slot[number] = index
 
-    def unpack(self, number: int) -> Tensor:
-        while len(self.on_host) > max(0, number - 3):  # a block has three inputs that are saved
-            with self.streams.stream(self.copying):
-                tensor = self.to_device(*self.on_host.pop())
-                self.returned[len(self.on_host)] = tensor, self.copying.record_event()
-        tensor, copied = self.returned.pop(number)
-        self.streams.current_stream().wait_event(copied)
-        if tensor.is_cuda:
-            tensor.record_stream(self.streams.current_stream())
-        return tensor
+    def begin(self, block: torch.nn.Module) -> None:
+        """Have the weights of a block on the device, and those of the next one on their way."""
+        index = self.blocks.index(block)
+        if any(tensor.data_ptr() != place for tensor, place in self.places[index]):
+            raise RuntimeError(f"--offload_base: the weights of block {index} are not where they are copied to")
+        if index == self.current:
+            return
+        is_forward = self.current is None or index > self.current or index == 0
+        self.fetch(index)
+        self.streams.current_stream().wait_event(self.copied[index % 2])
+        self.current = index
+        self.fetch(index + 1 if is_forward else index - 1)
+
+    @contextlib.contextmanager
+    def begun(self, block: torch.nn.Module, context) -> Iterator[None]:
+        """Begin a block before a context of its recomputation, which watches operations: copies are none of them."""
+        self.begin(block)
+        with context:
+            yield
+
+    def recompute(self, block: torch.nn.Module, *inputs):
+        """Run a block that is run again in the backward pass: for `enable_gradient_checkpointing`."""
+
+        def contexts() -> tuple:
+            return tuple(self.begun(block, context) for context in self.context_fn())
+
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
 
 
 class Int8Linear(torch.nn.Linear):
@@ -1154,13 +1260,9 @@ def load_transformer(args: Namespace, dtype: torch.dtype) -> CogVideoXTransforme
         transformer.enable_layerwise_casting(torch.float8_e4m3fn, dtype)
     # fp8 layers return to 8 bits at their end, which torch would not reach when it has recomputed all that it needs.
     recompute = functools.partial(checkpoint, use_reentrant=False, early_stop=args.quantize_base != "fp8")
-    if args.checkpoint_policy == "attention":
-        # What is kept stays on the device with --offload_activations, too; torch warns that this may change one day.
-        warnings.filterwarnings("ignore", message="A saved_tensors_hooks context")
-        keep = functools.partial(create_selective_checkpoint_contexts, keep_attention)
-        transformer.enable_gradient_checkpointing(functools.partial(recompute, context_fn=keep))
-    elif args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing(recompute)
+    if args.gradient_checkpointing:
+        contexts = recomputation_contexts(args)
+        transformer.enable_gradient_checkpointing(functools.partial(recompute, context_fn=contexts))
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # sizes of clips; each is compiled for training and for sampling
     for block in transformer.transformer_blocks:
@@ -1169,6 +1271,29 @@ def load_transformer(args: Namespace, dtype: torch.dtype) -> CogVideoXTransforme
         if args.compile:  # for each shape: once for the first block, whose input needs no gradient, and once for all
             block.compile(backend=inductor_or_eager, dynamic=False)
     return transformer.requires_grad_(False)
+
+
+def place_transformer(args: Namespace, transformer: CogVideoXTransformer3DModel, device: torch.device) -> None:
+    """Move a transformer with its LoRA to the device; with --offload_base all but the frozen weights of its blocks."""
+    if not args.offload_base:
+        transformer.to(device)
+        return
+    host_blocks = HostBlocks(transformer.transformer_blocks, device, recomputation_contexts(args))
+    transformer.enable_gradient_checkpointing(host_blocks.recompute)
+    for name, module in transformer.named_children():
+        if name != "transformer_blocks":
+            module.to(device)
+
+
+def place_text_encoder(text_encoder: T5EncoderModel, device: torch.device) -> None:
+    """Have T5 compute on the device with two of its blocks there. The table of embeddings stays on the host, and so do
+    token ids: what is looked up in it is moved."""
+    text_encoder.requires_grad_(False)
+    HostBlocks(text_encoder.encoder.block, device, is_pinned=False)
+    text_encoder.encoder.final_layer_norm.to(device)
+    table = text_encoder.get_input_embeddings()
+    table.register_forward_pre_hook(lambda table, inputs: tuple(ids.to(table.weight.device) for ids in inputs))
+    table.register_forward_hook(lambda _table, _inputs, embeds: embeds.to(device))
 
 
 class LoraMatrix(torch.nn.Linear):
@@ -1509,10 +1634,11 @@ def precompute_prompts(args: Namespace, accelerator: Accelerator, prompts: list[
     if share := new[accelerator.process_index :: accelerator.num_processes]:
         tokenizer = T5Tokenizer.from_pretrained(**pretrained_source(args, "tokenizer"))
         text_encoder = T5EncoderModel.from_pretrained(**pretrained_source(args, "text_encoder", dtype))
-        if (size := text_encoder.get_memory_footprint()) > 0.95 * free_memory(device):  # T5-XXL: 8.9 GiB
-            logger.info(f"The text encoder ({size / 2**30:.1f} GiB) does not fit on {device}: it runs on the CPU")
-            device = torch.device("cpu")
-        text_encoder.to(device)
+        if args.offload_base or text_encoder.get_memory_footprint() > 0.95 * free_memory(device):
+            logger.info(f"The text encoder waits in host memory: two of its blocks at a time are on {device}")
+            place_text_encoder(text_encoder, device)
+        else:
+            text_encoder.to(device)
         too_long = [f"{p[:60]}…" for p in new if len(tokenizer(p, verbose=False).input_ids) > num_tokens]
         if too_long:
             logger.warning(f"Cut to the {num_tokens} tokens that the model takes:\n{listing(too_long)}")
@@ -1783,7 +1909,14 @@ def prepare(args: Namespace, accelerator: Accelerator, transformer: torch.nn.Mod
     # accelerate writes and reads what these leave in the lists: not the frozen base.
     accelerator.register_save_state_pre_hook(lambda _models, weights, _folder: weights.clear())
     accelerator.register_load_state_pre_hook(lambda models, _folder: models.clear())
-    return accelerator.prepare(transformer, optimizer, schedule)
+    # All processes have read the same base: DDP needs not send it to them at the start. torch has no public name for
+    # this; without it, DDP would send all blocks' views of the two slots.
+    frozen = [name for name, parameter in transformer.named_parameters() if not parameter.requires_grad]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, frozen)
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        return accelerator.prepare(transformer, optimizer, schedule)
+    place_transformer(args, transformer, accelerator.device)
+    return accelerator.prepare(transformer, optimizer, schedule, device_placement=[False, True, True])
 
 
 @dataclasses.dataclass
@@ -1815,7 +1948,8 @@ class Run:
         states = 2 * sum(parameter.nbytes for parameter in lora_parameters(self.base).values())  # the optimizer's
         pixels = self.args.height * self.args.width
         decoding = pixels * DECODED_PIXEL * DTYPES[self.accelerator.mixed_precision].itemsize
-        self.is_decoded_in_tiles = is_too_large(self.accelerator, weights + states + decoding)
+        is_small = is_too_large(self.accelerator, weights + states + decoding)
+        self.is_decoded_in_tiles = self.args.offload_base or is_small
 
 
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------
@@ -2037,8 +2171,6 @@ def log_validation(
     paths, videos = files or validation_files(args, epoch, is_final_validation, 0), []
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if pipe.transformer.device != accelerator.device:  # it left while the video before this one was decoded
-            pipe.transformer.to(accelerator.device)
         video = pipe(**pipeline_args, generator=generator, output_type="np").frames[0]  # [>=F, H, W, C]
         # Of an even number of latent frames the VAE makes four frames of the first one too: the last F are the video.
         videos.append(video[-pipeline_args.get("num_frames", 0) :])  # [F, H, W, C]
@@ -2062,13 +2194,10 @@ def own_share(run: Run, count: int) -> list[int]:
     return [min(number, count - 1) for number in range(run.accelerator.process_index, rounds, processes)]
 
 
-def after_denoising(run: Run, pipe: PIPELINE, step: int, _timestep, tensors: dict) -> dict:
-    """For the pipeline to call after each denoising step. Where memory is short, the transformer leaves the device
-    before the video is decoded. Raises InterruptedError after a signal."""
+def stop_sampling(run: Run, _pipe: PIPELINE, _step: int, _timestep, tensors: dict) -> dict:
+    """End a sample after a signal: the pipeline calls this after each denoising step. Raises InterruptedError."""
     if run.stop.number:
         raise InterruptedError("a signal asks the run to stop")
-    if run.is_decoded_in_tiles and step == pipe.num_timesteps - 1:
-        run.base.to("cpu")
     return tensors
 
 
@@ -2117,13 +2246,12 @@ def run_validation(run: Run, is_final: bool = False) -> list[tuple[str, Path]]:
                     embeds = load_file(run.prompt_files[prompt])["prompt_embeds"]  # [S, D]
                     pipeline_args[name] = embeds[None].to(accelerator.device)  # [1, S, D]
                 if run.settings["engine"] not in SHARDED_BASE:
-                    pipeline_args["callback_on_step_end"] = functools.partial(after_denoising, run)
+                    pipeline_args["callback_on_step_end"] = functools.partial(stop_sampling, run)
                 files = validation_files(args, run.step, is_final, index)
                 log_validation(pipe, args, accelerator, pipeline_args, run.epoch, is_final, files)
                 logger.info(f"Sampled prompt {index + 1} of {len(inputs)} at step {run.step}")
                 sampled.append(index)
         pipe = vae = None
-        run.base.to(accelerator.device)
     run.base.train()
     clear_device_cache(garbage_collection=True)  # also after held-out clips
     for index in sorted(set(sum(gather(sampled), []))):
@@ -2238,7 +2366,7 @@ def train(run: Run, loader: DataLoader, sampler: ShapeBatchSampler) -> None:
     args, accelerator, transformer = run.args, run.accelerator, run.transformer
     progress = progress_bar(total=run.max_train_steps, initial=run.step, desc="Training", unit="step")
     loss_sum, num_micro_batches, before_step, started = 0.0, 0, None, time.perf_counter()
-    saving = HostActivations(accelerator.device) if args.offload_activations else contextlib.nullcontext()
+    saving = saved_tensors_hooks(to_host, to_device) if args.offload_activations else contextlib.nullcontext()
     transformer.train()
     while run.step < run.max_train_steps:
         sampler.epoch, sampler.first_batch = run.epoch, run.batch
@@ -2354,7 +2482,7 @@ def main(args: Namespace) -> None:
         prompt_files = precompute_prompts(args, accelerator, prompts, transformer_config["max_text_seq_length"])
     pixels = max(height * width for _, height, width in dataset.buckets)
     is_in_tiles = is_too_large(accelerator, pixels * ENCODED_PIXEL * DTYPES[accelerator.mixed_precision].itemsize)
-    is_in_tiles = saved.get("is_encoded_in_tiles", is_in_tiles)
+    is_in_tiles = saved.get("is_encoded_in_tiles", is_in_tiles or args.offload_base)
     with stage(args, "encoding videos"):
         video_files = precompute_videos(args, accelerator, dataset, is_in_tiles)
     clips = zip(video_files, map(prompt_files.get, captions), [record.path for record in dataset.records], strict=True)

@@ -56,8 +56,8 @@ def loss_and_gradients(
     latents, conditions = script.prepare_batch(batch, config, vae_config, args)
     scheduler = script.CogVideoXDPMScheduler.from_pretrained(**script.pretrained_source(args, "scheduler"))
     transformer.train()
-    on_host = script.HostActivations(torch.device("cpu"))
-    with on_host if args.offload_activations else contextlib.nullcontext():
+    hooks = script.saved_tensors_hooks(script.to_host, script.to_device)
+    with hooks if args.offload_activations else contextlib.nullcontext():
         loss = script.diffusion_loss(transformer, scheduler, latents, conditions)
     loss.backward()
     return {"loss": loss.item()} | {name: parameter.grad for name, parameter in lora.items()}
@@ -156,9 +156,8 @@ def test_attention_is_recomputed_or_kept(script, larger, policy, number):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_offloaded_are_the_inputs_of_the_blocks(script, larger, dtype, monkeypatch):
     """Outside of the recomputed blocks little is saved, and that is given to the host's memory, too."""
-    saved, to_host = [], script.HostActivations.to_host
-    spy = lambda self, tensor: saved.append(tensor) or to_host(self, tensor)  # noqa: E731
-    monkeypatch.setattr(script.HostActivations, "to_host", spy)
+    saved, to_host = [], script.to_host
+    monkeypatch.setattr(script, "to_host", lambda tensor: saved.append(tensor) or to_host(tensor))
     loss_and_gradients(script, larger, dtype, offload_activations=True, **RECOMPUTE)
     packed = [tensor for tensor in saved if tensor.numel()]  # torch 2.11 saves an empty tensor with each block
     config = CogVideoXTransformer3DModel.load_config(larger, subfolder="transformer")
@@ -167,42 +166,6 @@ def test_offloaded_are_the_inputs_of_the_blocks(script, larger, dtype, monkeypat
     assert len(inputs) >= 3 and all(tensor.dtype == dtype for tensor in inputs[:3])
     block_input = packed[0].nbytes + packed[1].nbytes  # video and text
     assert sum(tensor.nbytes for tensor in packed) < 4 * block_input  # of 3 blocks and what follows them
-
-
-def test_offloaded_come_back_one_block_before_they_are_needed(script, larger, monkeypatch):
-    """So that the copy runs beside the computation of a block, and the device holds the inputs of two at most."""
-    unpack, found, instances = script.HostActivations.unpack, {}, set()
-
-    def spy(self, number):
-        was_there = number in self.returned
-        tensor = unpack(self, number)
-        instances.add(self)
-        if tensor.numel():  # torch 2.11 saves an empty tensor with each block
-            found[number] = was_there, sum(bool(other.numel()) for other, _ in self.returned.values())
-        return tensor
-
-    monkeypatch.setattr(script.HostActivations, "unpack", spy)
-    loss_and_gradients(script, larger, offload_activations=True, **RECOMPUTE)
-    # What is saved first are the three inputs of each of the 3 blocks: the last ones that the backward pass needs.
-    inputs = [found[number] for number in sorted(found)[:9]]
-    assert len(found) > 9 and all(was_there for was_there, _ in inputs)
-    assert max(count for _, count in inputs) == 5  # two more of this block, three of the one before
-    (on_host,) = instances
-    assert not on_host.on_host and not on_host.returned
-
-
-def test_offloading_begins_anew_after_a_step_that_failed(script):
-    """What an earlier forward pass left is neither kept nor taken for what the next one saves."""
-    on_host = script.HostActivations(torch.device("cpu"))
-    weight = torch.ones(3, requires_grad=True)
-    with on_host:
-        (weight * torch.full((3,), 5.0)).sum()
-        number = len(on_host.on_host)
-    with on_host:
-        loss = (weight * torch.full((3,), 7.0)).sum()
-        assert len(on_host.on_host) == number > 0
-    loss.backward()
-    assert weight.grad.tolist() == [7, 7, 7] and not on_host.returned
 
 
 def test_one_compilation_a_shape_serves_all_blocks(script, larger, monkeypatch):
@@ -284,7 +247,7 @@ def test_quantized_run_resumes_and_saves_a_plain_lora(script, run, model, name):
 
 
 def test_levers_that_need_recomputation(script, flags):
-    for lever in ({"offload_activations": True}, {"checkpoint_policy": "attention"}):
+    for lever in ({"offload_activations": True}, {"checkpoint_policy": "attention"}, {"offload_base": True}):
         with pytest.raises(script.RunError, match="need --gradient_checkpointing"):
             script.check_args(script.get_args(flags(**lever)))
         script.check_args(script.get_args(flags(**lever, gradient_checkpointing=True)))
@@ -299,5 +262,5 @@ def test_out_of_memory_names_what_helps(launch):
 
     child = launch(prepare=fail, gradient_checkpointing=True)
     assert child.wait() == 6 and "Traceback" not in child.said()
-    advice = "the cheapest first: --train_batch_size 1, --use_8bit_adam, --offload_activations, --quantize_base int8"
+    advice = "the cheapest first: --train_batch_size 1, --offload_base, --offload_activations, --use_8bit_adam"
     assert advice in child.said() and "Tried to allocate 20.00 GiB." in child.said()

@@ -56,8 +56,8 @@ def note_prepared(folder: Path):
     def prepare(_script) -> None:
         original = Accelerator.prepare
 
-        def noting(self, *arguments):
-            transformer, optimizer, schedule = original(self, *arguments)
+        def noting(self, *arguments, **keywords):
+            transformer, optimizer, schedule = original(self, *arguments, **keywords)
             parameters = dict(self.unwrap_model(transformer).named_parameters())
             dtypes = {"lora" if "lora" in name else "base": str(p.dtype) for name, p in parameters.items()}
             learns = {str(p.dtype) for group in optimizer.param_groups for p in group["params"]}

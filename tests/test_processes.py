@@ -135,8 +135,8 @@ def note_reductions(folder: Path):
     def prepare(_script) -> None:
         original = Accelerator.prepare
 
-        def counting(self, *arguments):
-            ddp, *others = original(self, *arguments)
+        def counting(self, *arguments, **keywords):
+            ddp, *others = original(self, *arguments, **keywords)
             assert ddp.find_unused_parameters is False and ddp.broadcast_buffers is False
 
             def hook(_state, bucket):
@@ -294,6 +294,13 @@ def test_a_lost_process_ends_the_others(launch, tmp_path, where):
     said = finish(children, codes, seconds=60)[1 - rank]
     assert "error: another process of this run was lost" in said and "Traceback" not in said
     assert "--resume_from_checkpoint latest" in said
+
+
+def test_processes_that_see_no_gpu_are_refused(launch):
+    """accelerate takes each of them for the only one, and all would write to one folder."""
+    for child in launch(2, prepare=lambda _: os.environ.pop("ACCELERATE_USE_CPU"), **TWO):
+        assert child.wait() == 2
+        assert ("torch sees no GPU" in child.said()) == (child.log.name == "log-0")
 
 
 def lack_memory() -> None:

@@ -245,35 +245,3 @@ def test_a_resumed_run_keeps_its_tiles_on_another_card(script, run, monkeypatch,
     run(**settings, max_train_steps=2, resume_from_checkpoint="latest")
     assert "videos: 0 of 4 to encode" in caplog.text
     assert tiled == [first < math.inf] * 3
-
-
-@pytest.mark.parametrize("error", [None, torch.OutOfMemoryError("no room to decode")])
-def test_transformer_leaves_the_device_while_a_sample_is_decoded(script, run, monkeypatch, error):
-    """Where memory is short; also after an error it is back before the training continues."""
-    events = []
-    forward, decode = script.CogVideoXTransformer3DModel.forward, script.AutoencoderKLCogVideoX.decode
-
-    def move(self, *places, **_keywords):  # this machine has one device: its places are pretended
-        events.append("leaves" if places == ("cpu",) else "is there")
-        self.place = torch.device("meta" if places == ("cpu",) else "cpu")
-        return self
-
-    def denoise(self, *arguments, **keywords):
-        assert self.device.type == "cpu", "the transformer is not where its inputs are"
-        return forward(self, *arguments, **keywords)
-
-    def decode_or_fail(self, *arguments, **keywords):
-        events.append("decoding")
-        if error:
-            raise error
-        return decode(self, *arguments, **keywords)
-
-    monkeypatch.setattr(script, "device_memory", lambda _device: 1e6)
-    monkeypatch.setattr(script.CogVideoXTransformer3DModel, "to", move)
-    device = property(lambda self: getattr(self, "place", torch.device("cpu")))
-    monkeypatch.setattr(script.CogVideoXTransformer3DModel, "device", device)
-    monkeypatch.setattr(script.CogVideoXTransformer3DModel, "forward", denoise)
-    monkeypatch.setattr(script.AutoencoderKLCogVideoX, "decode", decode_or_fail)
-    run(max_train_steps=1, validation_prompt="a red square", num_inference_steps=2, num_validation_videos=2)
-    sampled = ["leaves", "decoding", "is there"] * (1 if error else 2)
-    assert events[-len(sampled) :] == sampled and events.count("decoding") == (2 if error else 4)

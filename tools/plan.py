@@ -6,7 +6,8 @@ The script's own functions run on the meta device, which knows shapes and no val
 seconds without a GPU, its weights are not loaded (only its configs are read), and the counts are exact: the peak of
 the tensors that are alive, the bytes that each operation reads and writes, and the operations of matrix products and
 attention. What an allocator wastes and what CUDA itself takes (about 0.6 GiB) is not in them, and a compiled block
-moves fewer bytes. Seconds are estimates: bytes at the card's bandwidth, and operations at 80 % of its peak.
+moves fewer bytes. Seconds are estimates: bytes at the card's bandwidth, operations at 80 % of its peak, and beside
+them the copies of --offload_base at 24 GB/s.
 """
 
 import argparse
@@ -45,24 +46,27 @@ GPUS = {  # memory in GiB; published bandwidth in bytes and operations in half p
     "t4": (14.6, 0.32e12, 65e12),
 }  # fmt: skip
 CUDA_CONTEXT = 0.6  # GiB that CUDA and its libraries take for themselves
+HOST_LINK = 24e9  # bytes a second from pinned host memory, over PCIe 4.0 with 16 lanes
 
 
 @dataclasses.dataclass
 class Cost:
-    """Of a stage: bytes alive at its peak (also by part), bytes moved, of which by casts and by matrix products, and
-    operations."""
+    """Of a stage: bytes alive at its peak (also by part), bytes moved, of which by casts and by matrix products, bytes
+    copied from the host by --offload_base, and operations."""
 
     peak: int = 0
     traffic: int = 0
     casts: int = 0
     matrix_traffic: int = 0
+    copied: int = 0
     flop: int = 0
     parts: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def seconds(self, gpu: str) -> float:
         _, bandwidth, rate = GPUS[gpu]
         matrices = max(self.matrix_traffic / bandwidth, self.flop / (0.8 * rate))
-        return (self.traffic - self.matrix_traffic) / bandwidth + matrices
+        computing = (self.traffic - self.matrix_traffic) / bandwidth + matrices
+        return max(computing, self.copied / HOST_LINK)
 
 
 def elements(tensor: torch.Tensor) -> int:
@@ -146,12 +150,25 @@ def flash_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=
 SDPA = F.scaled_dot_product_attention
 
 
-def host_activations(script: ModuleType, device: str):
-    """The script's HostActivations. Of tensors without values, it keeps shape and dtype in place of a copy."""
-    on_host = script.HostActivations(torch.device("cpu"))
+@contextlib.contextmanager
+def without_host(script: ModuleType, cost: Cost) -> Iterator[None]:
+    """The script copies no weights from host memory, only counts how many bytes they are."""
+
+    def transfer(_blocks, _slot, buffer):
+        cost.copied += len(buffer)
+
+    with mock.patch.object(script.HostBlocks, "transfer", transfer):
+        yield
+
+
+def saving(script: ModuleType, args: Namespace, device: str):
+    """What the script enters for the forward pass. Of tensors without values that wait on the host, it keeps shape and
+    dtype in place of a copy."""
+    if not args.offload_activations:
+        return contextlib.nullcontext()
     if device == "meta":
-        on_host.to_host, on_host.to_device = as_like, from_like
-    return on_host
+        return torch.autograd.graph.saved_tensors_hooks(as_like, from_like)
+    return torch.autograd.graph.saved_tensors_hooks(script.to_host, script.to_device)
 
 
 def on_meta(make: Callable, dtype: torch.dtype) -> torch.nn.Module:
@@ -210,10 +227,14 @@ def training_cost(
     """Of one training step on batches of latents of `shape` (f, h, w), and the transformer with its LoRA. On the meta
     device it has no weights; on another it is the real one."""
     counter, batch_size = CostCounter(), args.train_batch_size
-    with without_weights(transformer_config) if device == "meta" else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if device == "meta":
+            stack.enter_context(without_weights(transformer_config))
+            stack.enter_context(without_host(script, counter.cost))
         transformer = script.load_transformer(args, dtype)
         lora = script.add_lora(transformer, args.rank, args.lora_alpha, args.lora_target_modules)
         num_parameters = sum(parameter.numel() for parameter in lora)
+        script.place_transformer(args, transformer, torch.device(device))
         tensors = dict(itertools.chain(transformer.named_parameters(), transformer.named_buffers()))
         scales = [getattr(tensor, "SCB", None) for tensor in tensors.values()]
         scales += [tensor.quant_state.absmax for tensor in tensors.values() if hasattr(tensor, "quant_state")]
@@ -238,7 +259,7 @@ def training_cost(
         transformer.train()
         with counter:
             latents, conditions = script.prepare_batch(batch, config, vae_config, args)
-            with host_activations(script, device) if args.offload_activations else contextlib.nullcontext():
+            with saving(script, args, device):
                 loss = script.diffusion_loss(transformer, scheduler, latents, conditions)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(lora, args.max_grad_norm)
@@ -303,8 +324,8 @@ def sampling_cost(
     limit: float,
 ) -> Cost:
     """Of a validation video: --num_inference_steps calls of the transformer, each with and without the prompt
-    (classifier-free guidance), and the decoding. The optimizer's state stays on the device. Where that is too much
-    for `limit` bytes, the script decodes in tiles, without the transformer."""
+    (classifier-free guidance), and the decoding. The base and the optimizer's state stay on the device. Where that
+    is too much for `limit` bytes, the script decodes in tiles."""
     config, scale = transformer.config, script.pixels_per_latent(vae.config)
     new = functools.partial(torch.zeros, dtype=vae.dtype, device="meta")
     frames = latent_frames(script.frames_4k_plus_1(args.max_num_frames))
@@ -317,12 +338,13 @@ def sampling_cost(
     conditions["encoder_hidden_states"] = batch["prompt_embeds"].expand(2, -1, -1)
     timesteps = new(2).long()
     both = both.expand(2, -1, -1, -1, -1)
-    cost = count([transformer.eval(), vae], lambda: transformer(both, timestep=timesteps, **conditions))
+    with without_host(script, cost := Cost()):
+        denoising = count([transformer.eval(), vae], lambda: transformer(both, timestep=timesteps, **conditions))
+    cost = dataclasses.replace(denoising, copied=args.num_inference_steps * cost.copied)
     held = training.parts["base"] + training.parts["LoRA"] + training.parts["optimizer"]
     decoding = args.height * args.width * script.DECODED_PIXEL * vae.dtype.itemsize
-    if is_too_large(script, held + decoding, limit):
+    if args.offload_base or is_too_large(script, held + decoding, limit):
         vae.enable_tiling(*script.SMALL_TILES)
-        held = training.parts["optimizer"]
     compressed = latents.permute(0, 2, 1, 3, 4).to(vae.dtype)  # [1, C, f, h, w]
     decoding = count([vae], lambda: vae.decode(compressed))
     denoising = cost.peak + training.parts["optimizer"]
@@ -339,18 +361,35 @@ def new_vae(args: Namespace, vae_config: dict, dtype: torch.dtype) -> Autoencode
     return vae
 
 
+def prompt_cost(script: ModuleType, configs: dict, dtype: torch.dtype, is_on_host: bool) -> Cost:
+    """Of a prompt, with the whole text encoder on the device or with two of its blocks."""
+    text_encoder = on_meta(lambda: T5EncoderModel(T5Config(**configs["text_encoder"])), dtype)
+    if dtype == torch.float16:  # transformers keeps these in fp32
+        for block in text_encoder.encoder.block:
+            block.layer[-1].DenseReluDense.wo.float()
+    tokens = torch.zeros(1, configs["transformer"]["max_text_seq_length"], dtype=torch.int64, device="meta")
+    models = [text_encoder]
+    if is_on_host:
+        script.place_text_encoder(text_encoder, torch.device("meta"))
+        models = [text_encoder.encoder.block, text_encoder.encoder.final_layer_norm]
+    with without_host(script, copied := Cost()):
+        cost = count(models, lambda: text_encoder(tokens))
+    return dataclasses.replace(cost, copied=copied.copied)
+
+
 def encoding_costs(
     script: ModuleType, args: Namespace, configs: dict, shape: tuple, dtype: torch.dtype, limit: float
 ) -> dict[str, Cost]:
-    """Of a prompt and of a clip of latents of `shape` (f, h, w), which is encoded in tiles where the script would."""
-    text_encoder = on_meta(lambda: T5EncoderModel(T5Config(**configs["text_encoder"])), dtype)
-    tokens = torch.zeros(1, configs["transformer"]["max_text_seq_length"], dtype=torch.int64, device="meta")
-    costs = {"encoding a prompt": count([text_encoder], lambda: text_encoder(tokens))}
+    """Of a prompt and of a clip of latents of `shape` (f, h, w). A text encoder that does not fit waits on the host,
+    and a clip is encoded in tiles, where the script does that."""
+    costs = {"encoding a prompt": prompt_cost(script, configs, dtype, args.offload_base)}
+    if costs["encoding a prompt"].parts["weights"] > 0.95 * limit:
+        costs = {"encoding a prompt": prompt_cost(script, configs, dtype, True)}
     vae, scale = new_vae(args, configs["vae"], dtype), script.pixels_per_latent(configs["vae"])
     frames, height, width = shape
     video = torch.zeros(4 * frames - 3, 3, scale * height, scale * width, dtype=dtype, device="meta")  # [F, C, H, W]
-    if is_too_large(script, script.ENCODED_PIXEL * dtype.itemsize * math.prod(video.shape[2:]), limit):
-        vae.use_tiling = True
+    need = script.ENCODED_PIXEL * dtype.itemsize * math.prod(video.shape[2:])
+    vae.use_tiling = args.enable_tiling or args.offload_base or is_too_large(script, need, limit)
     return costs | {"encoding a clip": count([vae], lambda: script.encode_video(vae, video))}
 
 
@@ -371,7 +410,9 @@ def what_fits(args: Namespace, flags: list[tuple[str, object]], costs_of: Callab
     """Those of `flags`, the cheapest first, with which each of the costs of `costs_of(args)` is at most `limit`."""
     changed, given, costs = args, {}, costs_of(args)
     for name, value in flags:
-        needed = {"gradient_checkpointing": True} if name == "offload_activations" else {}
+        needed = {"gradient_checkpointing": True} if name in ("offload_base", "offload_activations") else {}
+        if name == "quantize_base" and changed.offload_base:
+            continue  # it is that or the other
         tried = Namespace(**vars(changed) | needed | {name: value})
         less = costs_of(tried)
         if any(less[stage].peak < cost.peak for stage, cost in costs.items() if cost.peak > limit):
@@ -439,8 +480,7 @@ def report(found: dict, gpu: str | None) -> str:
         lines.append(f"{stage:19}{numbers}   {seconds}")
         lines.append(f"{'':4}" + ", ".join(f"{part} {size / GIB:.1f}" for part, size in cost["parts"].items()))
     for stage, is_enough in found.get("fit", {}).items():
-        cpu = ", and runs on the CPU" if stage == "encoding a prompt" else ""
-        verdict = "fits" if is_enough else f"does not fit{cpu}"
+        verdict = "fits" if is_enough else "does not fit"
         lines.append(f"{stage}: {verdict} ({gpu}, {GPUS[gpu][0]} GiB)")
     return "\n".join(lines + ([found["advice"]] if "advice" in found else []))
 
