@@ -101,7 +101,7 @@ def measure(name: str, setting: str, rank: int, steps: int, folder: str) -> dict
     batch["image_moments"] = torch.randn(1, 32, 1, height, width)
     batch["prompt_embeds"] = torch.randn(1, config.max_text_seq_length, config.text_embed_dim)
     batch = {key: tensor.to(device, dtype) for key, tensor in batch.items()}
-    seconds, losses, on_host = [], [], script.saved_tensors_hooks(script.to_host, script.to_device)
+    seconds, losses, on_host = [], [], script.HostActivations(device)
     for _ in range(steps + 2):
         started = time.perf_counter()
         torch.manual_seed(1)
