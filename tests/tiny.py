@@ -137,6 +137,19 @@ def make_scheduler() -> CogVideoXDDIMScheduler:
     )
 
 
+def write_index(folder: Path, kind: str) -> None:
+    """The file that tells diffusers the pipeline of a model of this kind, t2v or i2v, and the class of each part."""
+    index = {
+        "_class_name": {"t2v": "CogVideoXPipeline", "i2v": "CogVideoXImageToVideoPipeline"}[kind],
+        "tokenizer": ["transformers", "T5Tokenizer"],
+        "text_encoder": ["transformers", "T5EncoderModel"],
+        "vae": ["diffusers", "AutoencoderKLCogVideoX"],
+        "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
+        "scheduler": ["diffusers", "CogVideoXDDIMScheduler"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
 def make_model(
     folder: Path, kind: str = "t2v", rotary: bool = True, vae_overrides: dict | None = None, version: str = "1.0",
     **transformer_overrides,
@@ -164,15 +177,7 @@ def make_model(
         transformer.patch_embed.pos_embedding += torch.randn_like(transformer.patch_embed.pos_embedding) / 10
     transformer.save_pretrained(folder / "transformer")
     make_scheduler().save_pretrained(folder / "scheduler")
-    index = {
-        "_class_name": {"t2v": "CogVideoXPipeline", "i2v": "CogVideoXImageToVideoPipeline"}[kind],
-        "tokenizer": ["transformers", "T5Tokenizer"],
-        "text_encoder": ["transformers", "T5EncoderModel"],
-        "vae": ["diffusers", "AutoencoderKLCogVideoX"],
-        "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
-        "scheduler": ["diffusers", "CogVideoXDDIMScheduler"],
-    }
-    (folder / "model_index.json").write_text(json.dumps(index))
+    write_index(folder, kind)
     return folder
 
 
