@@ -66,8 +66,8 @@ SETTINGS = {
 PROCESSES = multiprocessing.get_context("spawn")  # a forked process may not be able to use CUDA
 NOT_COUNTED = {EXAMPLE, LIBRARY_BLOCKS, "compiled", "compiled, attention kept"}  # plan.py knows the script's own way
 COLUMNS = [
-    "setting", "s a step: median", "min", "max", "TFLOP/s", "of the peak", "memory", "counted", "taken", "first loss",
-    "first gradient norm", "last loss",
+    "setting", "s a step: median", "min", "max", "TFLOP/s", "of the peak", "memory, GiB", "counted", "taken",
+    "first loss", "first gradient norm", "last loss",
 ]  # fmt: skip
 
 
@@ -236,6 +236,7 @@ def measurements(args: argparse.Namespace) -> Iterator[tuple[str | None, dict]]:
         process = PROCESSES.Process(target=measure_all, args=(args, waiting, sender), daemon=True)
         process.start()
         sender.close()  # so that the other process has the only one: reading ends with it
+        importlib.import_module("plan")  # counts, and takes as long to load as what the other process begins with
         try:
             yield None, receiver.recv()
         except EOFError:
@@ -337,6 +338,8 @@ def print_measured(args: argparse.Namespace) -> None:
             file = ROOT / "benchmarks" / "results" / f"{results['date']}-{args.model}-{device}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(results, indent=1))
+    if first is None:
+        sys.exit("no setting could be measured")
     print(f"written to {file}")
 
 
