@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import imageio
 import numpy as np
 import sentencepiece
 import torch
@@ -213,6 +212,8 @@ def moving_sprite(num_frames: int, way: str, sprite: tuple[str, ...] = SMILEY, c
 
 def write_clip(path: Path, frames: np.ndarray, fps: float = 8) -> Path:
     """Write uint8 [F, H, W, C] as H.264. (Lossy, 4:2:0: decoded pixels are close to these, not equal.)"""
+    import imageio
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with imageio.get_writer(str(path), fps=fps, macro_block_size=1, quality=9, ffmpeg_log_level="error") as writer:
         for frame in frames:
