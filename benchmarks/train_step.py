@@ -163,7 +163,6 @@ def measure(name: str, setting: str, rank: int, steps: int, folder: str) -> dict
 
     is_cuda = torch.cuda.is_available()
     device = torch.device("cuda" if is_cuda else "cpu")
-    torch.compiler.reset()
     started = time.perf_counter()
     script, args, transformer, lora = load(name, setting, rank, folder)
     transformer.to(device).train()
@@ -201,6 +200,15 @@ def measure(name: str, setting: str, rank: int, steps: int, folder: str) -> dict
     return found
 
 
+def free_memory() -> None:
+    """Free what an earlier model has left: compiled functions, cycles of objects, what the allocator keeps."""
+    import torch
+
+    torch.compiler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def measure_all(args: argparse.Namespace, settings: list[str], sender) -> None:
     """Send facts about the device, and then what is found for each setting. Runs in a process of its own."""
     import make_model
@@ -210,8 +218,8 @@ def measure_all(args: argparse.Namespace, settings: list[str], sender) -> None:
     device = torch.cuda.get_device_name() if is_cuda else f"CPU, {torch.get_num_threads()} threads"
     make_model.write_transformer(args.model, Path(args.model_folder, "transformer"))
     sender.send({"device": device, "peak_flop_per_second": matrix_rate(args.model)})
+    free_memory()
     if is_cuda and args.gib:
-        torch.cuda.empty_cache()
         whole = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.gib * 2**30 / whole))
     for setting in settings:
@@ -222,9 +230,7 @@ def measure_all(args: argparse.Namespace, settings: list[str], sender) -> None:
         except Exception as error:
             message = str(error).strip().split("\n")[0]
             found = {"error": f"{type(error).__name__}: {message}"}
-        gc.collect()
-        if is_cuda:
-            torch.cuda.empty_cache()
+        free_memory()
         sender.send(found)
 
 
