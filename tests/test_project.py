@@ -108,6 +108,7 @@ def test_other_commands_exist():
     others -= {line for block in LAUNCHES.values() for line in block.splitlines()}
     made = {"make demo", "make demo KIND=i2v", "make test", "make test-slow"}
     made_elsewhere = {"pip install -r requirements.txt", "uv run train_cogvideox_lora.py --help"}
+    made_elsewhere |= {"bash scripts/on_gpu.sh results", "python -m pytest -m gpu tests/test_gpu.py"}
     tools = ['plan.py "${train[@]}" --gpu 4090', 'preview_data.py "${train[@]}"', "report.py my_lora"]
     assert others == made | made_elsewhere | {f"python tools/{tool}" for tool in tools}
     makefile = (ROOT / "Makefile").read_text()
