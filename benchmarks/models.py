@@ -1,5 +1,9 @@
-"""The configurations of the five CogVideoX models, as published in their config.json files. The counts build them
-without weights, the benchmarks with random ones."""
+"""The configurations of the five CogVideoX models, as published in their config.json files, and the clips that they
+are made for. The counts build them without weights, the benchmarks with random ones.
+
+A name with `tiny-` before it, as in `tiny-5b-i2v`, is the same kind of model with few and narrow layers, in fp32 and
+for a small clip: a CPU takes a step of it in less than a second.
+"""
 
 import json
 from pathlib import Path
@@ -28,9 +32,24 @@ TEXT_ENCODER = {
     "feed_forward_proj": "gated-gelu",
 }  # fmt: skip
 
+TINY = "tiny-"
+TINY_TRANSFORMER = {
+    "num_attention_heads": 4, "num_layers": 3, "time_embed_dim": 64, "text_embed_dim": 32, "sample_frames": 9,
+    "sample_height": 8, "sample_width": 12,
+}  # fmt: skip
+TINY_VAE = {"block_out_channels": [32] * 4, "layers_per_block": 1}
+TINY_TEXT_ENCODER = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4}
+NAMES = [*TRANSFORMERS, *(TINY + name for name in TRANSFORMERS)]
+
+
+def is_tiny(name: str) -> bool:
+    return name.startswith(TINY)
+
 
 def clip_size(name: str) -> tuple[int, int, int]:
     """Frames, height and width that the model is made for."""
+    if is_tiny(name):
+        return 9, 64, 96
     return (81, 768, 1360) if name.startswith("1.5") else (49, 480, 720)
 
 
@@ -40,17 +59,30 @@ def latent_shape(frames: int, height: int, width: int) -> tuple[int, int, int]:
 
 
 def dtype_name(name: str) -> str:
-    """That of the published weights, as torch calls it."""
+    """That of the published weights, as torch calls it. A tiny model has fp32: CPUs are slow in half precision."""
+    if is_tiny(name):
+        return "float32"
     return "float16" if name == "2b" else "bfloat16"
 
 
 def transformer_config(name: str) -> dict:
-    return TRANSFORMER | TRANSFORMERS[name]
+    config = TRANSFORMER | TRANSFORMERS[name.removeprefix(TINY)]
+    if is_tiny(name):
+        config |= TINY_TRANSFORMER
+        if "ofs_embed_dim" in config:
+            config["ofs_embed_dim"] = config["time_embed_dim"]  # the two embeddings are added
+    return config
 
 
 def vae_config(name: str) -> dict:
-    scaling_factor = {"2b": 1.15258426}.get(name, 0.7)
-    return VAE | {"scaling_factor": scaling_factor, "invert_scale_latents": name == "1.5-5b-i2v"}
+    published = name.removeprefix(TINY)
+    scaling_factor = {"2b": 1.15258426}.get(published, 0.7)
+    config = VAE | {"scaling_factor": scaling_factor, "invert_scale_latents": published == "1.5-5b-i2v"}
+    return config | TINY_VAE if is_tiny(name) else config
+
+
+def text_encoder_config(name: str) -> dict:
+    return TEXT_ENCODER | TINY_TEXT_ENCODER if is_tiny(name) else TEXT_ENCODER
 
 
 def script_name(name: str) -> str:
@@ -59,7 +91,9 @@ def script_name(name: str) -> str:
 
 def write_configs(name: str, folder: Path) -> Path:
     """A model folder without weights, from which tools/plan.py can read."""
-    configs = {"transformer": transformer_config(name), "vae": vae_config(name), "text_encoder": TEXT_ENCODER}
+    configs = {
+        "transformer": transformer_config(name), "vae": vae_config(name), "text_encoder": text_encoder_config(name),
+    }  # fmt: skip
     for part, config in configs.items():
         (folder / part).mkdir(parents=True, exist_ok=True)
         (folder / part / "config.json").write_text(json.dumps(config))

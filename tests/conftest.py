@@ -45,7 +45,6 @@ if "PYTEST_XDIST_WORKER" in os.environ or not any(word.startswith("-n") for word
     import tiny
     import torch
     from accelerate.state import AcceleratorState, GradientState
-    from hub import Hub
     from huggingface_hub import constants
     from PIL import Image
     from tqdm import tqdm
@@ -262,6 +261,8 @@ def finished_folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def hub(monkeypatch):
     """A Hub of its own for this process, reached by Git LFS. It refuses what comes without its token."""
+    from hub import Hub
+
     server = Hub()
     for name, value in {"ENDPOINT": server.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
         monkeypatch.setattr(constants, name, value)

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import lz4.frame
 import yaml
 
 TOKEN = "hf_mayWrite"
@@ -19,6 +18,8 @@ BINARY = (".safetensors", ".mp4", ".png")  # what the .gitattributes of a new re
 
 def read_xorb(data: bytes) -> list[bytes]:
     """The chunks of a Xet upload. Each has 8 bytes before it: version, length, compression, length of the content."""
+    import lz4.frame
+
     chunks, position = [], 0
     while position < len(data):
         length, how = int.from_bytes(data[position + 1 : position + 4], "little"), data[position + 4]

@@ -1,7 +1,6 @@
 """CogVideoX 1.5: padded latent frames, its own rotary grid, and image latents that are divided. What its transformer
 is fed is compared with the pipelines in test_objective and test_image_conditioning."""
 
-import decord
 import numpy as np
 import pytest
 import tiny
@@ -104,6 +103,8 @@ def test_what_is_said_of_frames(run, caplog, frames, fps, said):
 def test_a_bright_clip_is_sampled_as_bright(run, tmp_path):
     """A base that continues an image, then a LoRA of one clip. With image latents that are multiplied by the VAE's
     scale in training, and not divided as in the pipeline, the sample would be 6 % darker than the clip."""
+    import decord
+
     sizes = {"num_attention_heads": 4, "num_layers": 3, "time_embed_dim": 64, "max_text_seq_length": 32}
     base = tiny.make_model(tmp_path / "base", "i2v", version="1.5", **sizes)
     colors = np.random.default_rng(0).integers(0, 256, (64, 3), dtype=np.uint8)

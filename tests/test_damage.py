@@ -8,8 +8,6 @@ import struct
 import subprocess
 import time
 
-import decord
-import imageio_ffmpeg
 import psutil
 import pytest
 import torch
@@ -40,6 +38,8 @@ def patched(data: bytes, name: bytes, offset: int, content: bytes) -> bytes:
 
 
 def ffmpeg(*arguments) -> None:
+    import imageio_ffmpeg
+
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-y", *map(str, arguments)]
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
 
@@ -135,6 +135,8 @@ def test_every_broken_clip_is_decoded_or_named(script, corpus, monkeypatch):
 
 def fake_decoder(script, monkeypatch):
     """Clip 00 hangs, 01 crashes, 02 raises, 03 is decoded."""
+    import decord
+
     reader = decord.VideoReader
 
     def read(path):

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import imageio_ffmpeg
 import pytest
 import tiny
 import torch
@@ -109,6 +108,7 @@ def test_other_commands_exist():
     others -= {line for block in LAUNCHES.values() for line in block.splitlines()}
     made = {"make demo", "make demo KIND=i2v", "make test", "make test-slow"}
     made_elsewhere = {"pip install -r requirements.txt", "uv run train_cogvideox_lora.py --help"}
+    made_elsewhere |= {"bash scripts/on_gpu.sh results", "python -m pytest -m gpu tests/test_gpu.py"}
     tools = ['plan.py "${train[@]}" --gpu 4090', 'preview_data.py "${train[@]}"', "report.py my_lora"]
     assert others == made | made_elsewhere | {f"python tools/{tool}" for tool in tools}
     makefile = (ROOT / "Makefile").read_text()
@@ -157,6 +157,8 @@ def test_the_code_that_uses_the_lora_runs(finished, model):
 
 def test_the_command_for_a_clip_that_decord_cannot_read(tmp_path):
     """decord crashes on AV1, and reads the file that the README's command makes of it."""
+    import imageio_ffmpeg
+
     ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
     source = ["-f", "lavfi", "-i", "testsrc=size=96x64:rate=8:duration=1", "-c:v", "libaom-av1", "clip.webm"]
     subprocess.run([ffmpeg, "-loglevel", "error", *source], check=True, cwd=tmp_path)

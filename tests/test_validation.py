@@ -9,7 +9,6 @@ import sys
 import time
 import zipfile
 
-import decord
 import pytest
 import torch
 from conftest import BOTH, ROOT
@@ -21,6 +20,8 @@ ASK = {"validation_prompt": "a red square:::a blue square", "num_inference_steps
 
 @pytest.mark.parametrize("frames", [5, 9])  # an even and an odd number of latent frames
 def test_videos_have_the_asked_frames_size_and_rate(run, frames):
+    import decord
+
     shape = {"fps": 12, "height": 48, "width": 80, "max_num_frames": frames}
     output = run(**ASK, **shape, num_validation_videos=2, use_dynamic_cfg=True)
     files = sorted((output / "validation").iterdir())

@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import imageio
 import numpy as np
 import sentencepiece
 import torch
@@ -137,6 +136,19 @@ def make_scheduler() -> CogVideoXDDIMScheduler:
     )
 
 
+def write_index(folder: Path, kind: str) -> None:
+    """The file that tells diffusers the pipeline of a model of this kind, t2v or i2v, and the class of each part."""
+    index = {
+        "_class_name": {"t2v": "CogVideoXPipeline", "i2v": "CogVideoXImageToVideoPipeline"}[kind],
+        "tokenizer": ["transformers", "T5Tokenizer"],
+        "text_encoder": ["transformers", "T5EncoderModel"],
+        "vae": ["diffusers", "AutoencoderKLCogVideoX"],
+        "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
+        "scheduler": ["diffusers", "CogVideoXDDIMScheduler"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
 def make_model(
     folder: Path, kind: str = "t2v", rotary: bool = True, vae_overrides: dict | None = None, version: str = "1.0",
     **transformer_overrides,
@@ -164,15 +176,7 @@ def make_model(
         transformer.patch_embed.pos_embedding += torch.randn_like(transformer.patch_embed.pos_embedding) / 10
     transformer.save_pretrained(folder / "transformer")
     make_scheduler().save_pretrained(folder / "scheduler")
-    index = {
-        "_class_name": {"t2v": "CogVideoXPipeline", "i2v": "CogVideoXImageToVideoPipeline"}[kind],
-        "tokenizer": ["transformers", "T5Tokenizer"],
-        "text_encoder": ["transformers", "T5EncoderModel"],
-        "vae": ["diffusers", "AutoencoderKLCogVideoX"],
-        "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
-        "scheduler": ["diffusers", "CogVideoXDDIMScheduler"],
-    }
-    (folder / "model_index.json").write_text(json.dumps(index))
+    write_index(folder, kind)
     return folder
 
 
@@ -208,6 +212,8 @@ def moving_sprite(num_frames: int, way: str, sprite: tuple[str, ...] = SMILEY, c
 
 def write_clip(path: Path, frames: np.ndarray, fps: float = 8) -> Path:
     """Write uint8 [F, H, W, C] as H.264. (Lossy, 4:2:0: decoded pixels are close to these, not equal.)"""
+    import imageio
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with imageio.get_writer(str(path), fps=fps, macro_block_size=1, quality=9, ffmpeg_log_level="error") as writer:
         for frame in frames:
