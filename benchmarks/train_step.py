@@ -59,8 +59,10 @@ SETTINGS = {
     "compiled": [*RECOMPUTED, "--compile"],
     "compiled, attention kept": [*RECOMPUTED, "--compile", "--checkpoint_policy", "attention"],
     "offloaded": [*RECOMPUTED, "--offload_activations"],
-    "offloaded, 8-bit Adam, fp8": [*RECOMPUTED, *SMALL, "--quantize_base", "fp8"],
-    "offloaded, 8-bit Adam, int8": [*RECOMPUTED, *SMALL, "--quantize_base", "int8"],
+    "base on the host": [*RECOMPUTED, "--offload_base"],
+    "base on the host, attention kept": [*RECOMPUTED, "--offload_base", "--checkpoint_policy", "attention"],
+    "base on the host, offloaded": [*RECOMPUTED, "--offload_base", "--offload_activations"],
+    "base on the host, offloaded, 8-bit Adam": [*RECOMPUTED, "--offload_base", *SMALL],
     "offloaded, 8-bit Adam, nf4": [*RECOMPUTED, *SMALL, "--quantize_base", "nf4"],
 }
 PROCESSES = multiprocessing.get_context("spawn")  # a forked process may not be able to use CUDA
@@ -165,13 +167,16 @@ def measure(name: str, setting: str, rank: int, steps: int, folder: str) -> dict
     device = torch.device("cuda" if is_cuda else "cpu")
     started = time.perf_counter()
     script, args, transformer, lora = load(name, setting, rank, folder)
-    transformer.to(device).train()
+    script.place_transformer(args, transformer, device)
+    transformer.train()
     loading = time.perf_counter() - started
     optimizer = script.get_optimizer(args, lora)
     scheduler = CogVideoXDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
     config, vae_config = transformer.config, models.vae_config(name)
     batch = random_batch(name, config, device)
-    on_host = script.HostActivations(device) if args.offload_activations else contextlib.nullcontext()
+    on_host = contextlib.nullcontext()
+    if args.offload_activations:
+        on_host = torch.autograd.graph.saved_tensors_hooks(script.to_host, script.to_device)
     seconds, losses, norms, retries = [], [], [], 0
     if is_cuda:
         torch.cuda.empty_cache()  # of what loading needed
