@@ -219,6 +219,14 @@ def bucket(text: str) -> tuple[int, int, int]:
     return int(sizes[0]), pixels(sizes[1]), pixels(sizes[2])
 
 
+def quantization(text: str) -> str:
+    """Return the value of --quantize_base. Raises argparse.ArgumentTypeError for the values that are gone."""
+    if text in ("int8", "fp8"):
+        instead = "--offload_base takes less memory and is exact (nf4 is left for hosts with little memory)"
+        raise argparse.ArgumentTypeError(f"{text} is gone: {instead}")
+    return text
+
+
 COUNT = functools.partial(number, int, "a whole number, 1 or more", lambda value: value >= 1)
 COUNT_OR_ZERO = functools.partial(number, int, "a whole number, 0 or more", lambda value: value >= 0)
 POSITIVE = functools.partial(number, float, "a number, more than 0", lambda value: value > 0)
@@ -247,8 +255,8 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint_policy", choices=["full", "attention"], default="full", help=policy)
     offload = "keep what recomputation starts from in host memory, and the feed-forward layers in 8 parts"
     add("--offload_activations", action="store_true", help=offload)
-    quantize = "hold the frozen base in 4 or 8 bits: less memory, slower, and a base that is not quite the same"
-    add("--quantize_base", choices=["nf4", "int8", "fp8"], help=quantize)
+    quantize = "hold the frozen base in 4 bits: less memory, slower, and a base that is not quite the same"
+    add("--quantize_base", type=quantization, choices=["nf4"], help=quantize)
     add("--compile", action="store_true", help="compile the transformer's blocks: a slow first step, then faster ones")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and newer")
 
@@ -397,8 +405,7 @@ def validation_inputs(args: Namespace) -> list[dict]:
 def check_args(args: Namespace) -> None:
     """What several flags together can tell. Raises RunError with every problem found."""
     needs = {
-        "bitsandbytes": (args.use_8bit_adam and "--use_8bit_adam")
-        or (args.quantize_base in ("nf4", "int8") and f"--quantize_base {args.quantize_base}"),
+        "bitsandbytes": (args.use_8bit_adam and "--use_8bit_adam") or (args.quantize_base and "--quantize_base nf4"),
         "prodigyopt": args.optimizer == "prodigy" and "--optimizer prodigy",
         "datasets": args.dataset_name and "--dataset_name",
         args.report_to: args.report_to not in (None, "all") and f"--report_to {args.report_to}",
@@ -422,8 +429,7 @@ def check_args(args: Namespace) -> None:
 def memory_flags(args: Namespace) -> list[tuple[str, object]]:
     """The flags, with their values, that save device memory in training and are not in `args`; the cheapest first."""
     flags = [("train_batch_size", 1), ("gradient_checkpointing", True), ("checkpoint_policy", "full")]
-    flags += [("use_8bit_adam", True), ("offload_activations", True)]
-    flags += [("quantize_base", kind) for kind in ("int8", "nf4") if (args.quantize_base, kind) != ("nf4", "int8")]
+    flags += [("use_8bit_adam", True), ("offload_activations", True), ("quantize_base", "nf4")]
     flags += [("rank", rank) for rank in (64, 16) if rank < args.rank]
     return [(name, value) for name, value in flags if getattr(args, name) != value]
 
@@ -1086,15 +1092,6 @@ class HostActivations(torch.autograd.graph.saved_tensors_hooks):
         return tensor
 
 
-class Int8Linear(torch.nn.Linear):
-    """A layer that bitsandbytes holds in 8 bits, with a scale a row. Its own forward pass keeps the tokens in a place
-    that recomputation does not know (37 GiB at the peak for the 5B, more than in bf16)."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        scale = (self.weight.SCB / 127).to(tokens.dtype)  # [out]
-        return F.linear(tokens, self.weight.to(tokens.dtype) * scale[:, None], self.bias)  # [B, n, out]
-
-
 def inductor_or_eager(graph: torch.fx.GraphModule, inputs: list) -> Callable:
     """A compiler for torch.compile. What inductor cannot compile runs as it is, after one message."""
     try:
@@ -1106,21 +1103,16 @@ def inductor_or_eager(graph: torch.fx.GraphModule, inputs: list) -> Callable:
 
 
 def load_transformer(args: Namespace, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
-    """The frozen base, straight in the compute dtype, or quantized shard by shard as it loads."""
+    """Load the frozen base, straight in the compute dtype, or quantized file by file as it loads."""
     source, explained = pretrained_source(args, "transformer", dtype), contextlib.nullcontext()
-    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-    if options := {"nf4": nf4, "int8": {"load_in_8bit": True}}.get(args.quantize_base):
-        source["quantization_config"] = BitsAndBytesConfig(**options)
-        explained = explain(f"--quantize_base {args.quantize_base}", RuntimeError)
+    if args.quantize_base == "nf4":
+        source["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+        explained = explain("--quantize_base nf4", RuntimeError)
     with explained:
         transformer = CogVideoXTransformer3DModel.from_pretrained(**source)
-    for layer in transformer.modules():
-        if hasattr(getattr(layer, "weight", None), "SCB"):
-            layer.__class__, layer.weight.CB = Int8Linear, None  # a second reference, which would hold the memory
-    if args.quantize_base == "fp8":
-        transformer.enable_layerwise_casting(torch.float8_e4m3fn, dtype)
-    # fp8 layers return to 8 bits at their end, which torch would not reach when it has recomputed all that it needs.
-    recompute = functools.partial(checkpoint, use_reentrant=False, early_stop=args.quantize_base != "fp8")
+    recompute = functools.partial(checkpoint, use_reentrant=False)
     if args.checkpoint_policy == "attention":
         # What is kept stays on the device with --offload_activations, too; torch warns that this may change one day.
         warnings.filterwarnings("ignore", message="A saved_tensors_hooks context")

@@ -38,8 +38,6 @@ SETTINGS = {
     "compiled": [*RECOMPUTED, "--compile"],
     "compiled, attention kept": [*RECOMPUTED, "--compile", "--checkpoint_policy", "attention"],
     "offloaded": [*RECOMPUTED, "--offload_activations"],
-    "offloaded, 8-bit Adam, fp8": [*RECOMPUTED, *SMALL, "--quantize_base", "fp8"],
-    "offloaded, 8-bit Adam, int8": [*RECOMPUTED, *SMALL, "--quantize_base", "int8"],
     "offloaded, 8-bit Adam, nf4": [*RECOMPUTED, *SMALL, "--quantize_base", "nf4"],
 }
 COUNTED = [name for name in SETTINGS if "compiled" not in name and "diffusers" not in name]
