@@ -93,7 +93,6 @@ ENCODED_PIXEL, DECODED_PIXEL = 12_000, 25_000  # values that the VAE holds at it
 OTHER_MEMORY = 1.5 * 2**30  # bytes of a card that CUDA, the VAE's weights and a desktop may take
 SMALL_TILES = (144, 160)  # pixels; the overlaps of the VAE's tiles, 1/6 and 1/5 of them, must be whole latent pixels
 DECODE_SECONDS = 60  # after which a clip counts as one that cannot be decoded
-SHARDED_BASE = ("deepspeed zero3", "fsdp2")  # engines under which all processes take part in each forward pass
 RESUME_HINT = "To continue, give the same command with --resume_from_checkpoint latest."
 # What a resumed run takes from its checkpoint: the position in the data, and what was decided by the card's memory.
 RUN_STATE = ("seed", "step", "epoch", "batch", "is_encoded_in_tiles", "is_decoded_in_tiles")
@@ -223,6 +222,14 @@ def bucket(text: str) -> tuple[int, int, int]:
     return int(sizes[0]), pixels(sizes[1]), pixels(sizes[2])
 
 
+def quantization(text: str) -> str:
+    """Return the value of --quantize_base. Raises argparse.ArgumentTypeError for the values that are gone."""
+    if text in ("int8", "fp8"):
+        instead = "--offload_base takes less memory and is exact (nf4 is left for hosts with little memory)"
+        raise argparse.ArgumentTypeError(f"{text} is gone: {instead}")
+    return text
+
+
 COUNT = functools.partial(number, int, "a whole number, 1 or more", lambda value: value >= 1)
 COUNT_OR_ZERO = functools.partial(number, int, "a whole number, 0 or more", lambda value: value >= 0)
 POSITIVE = functools.partial(number, float, "a number, more than 0", lambda value: value > 0)
@@ -253,8 +260,8 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     add("--offload_base", action="store_true", help=base)
     offload = "keep what recomputation starts from in host memory, and the feed-forward layers in 8 parts"
     add("--offload_activations", action="store_true", help=offload)
-    quantize = "hold the frozen base in 4 or 8 bits: less memory, slower, and a base that is not quite the same"
-    add("--quantize_base", choices=["nf4", "int8", "fp8"], help=quantize)
+    quantize = "hold the frozen base in 4 bits: less memory, slower, and a base that is not quite the same"
+    add("--quantize_base", type=quantization, choices=["nf4"], help=quantize)
     add("--compile", action="store_true", help="compile the transformer's blocks: a slow first step, then faster ones")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and newer")
 
@@ -428,8 +435,7 @@ def validation_inputs(args: Namespace) -> list[dict]:  # I2V:
 def check_args(args: Namespace) -> None:
     """What several flags together can tell. Raises RunError with every problem found."""
     needs = {
-        "bitsandbytes": (args.use_8bit_adam and "--use_8bit_adam")
-        or (args.quantize_base in ("nf4", "int8") and f"--quantize_base {args.quantize_base}"),
+        "bitsandbytes": (args.use_8bit_adam and "--use_8bit_adam") or (args.quantize_base and "--quantize_base nf4"),
         "prodigyopt": args.optimizer == "prodigy" and "--optimizer prodigy",
         "datasets": args.dataset_name and "--dataset_name",
         args.report_to: args.report_to not in (None, "all") and f"--report_to {args.report_to}",
@@ -457,7 +463,8 @@ def memory_flags(args: Namespace) -> list[tuple[str, object]]:
     """The flags, with their values, that save device memory in training and are not in `args`; the cheapest first."""
     flags = [("train_batch_size", 1), ("gradient_checkpointing", True), ("checkpoint_policy", "full")]
     flags += [("offload_base", True), ("offload_activations", True), ("use_8bit_adam", True)]
-    flags += [("quantize_base", kind) for kind in ("int8", "nf4") if (args.quantize_base, kind) != ("nf4", "int8")]
+    if not args.offload_base:
+        flags += [("quantize_base", "nf4")]  # in place of it, where the host has little memory
     flags += [("rank", rank) for rank in (64, 16) if rank < args.rank]
     return [(name, value) for name, value in flags if getattr(args, name) != value]
 
@@ -483,9 +490,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import DistributedType, ProjectConfiguration, load_fsdp_optimizer, save_fsdp_optimizer, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from accelerate.utils.dataclasses import AutocastKwargs
 from accelerate.utils.environment import parse_flag_from_env
 from accelerate.utils.memory import clear_device_cache
@@ -511,8 +517,6 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -913,7 +917,10 @@ def in_first(action: Callable, *arguments):
 
 def get_accelerator(args: Namespace) -> tuple[Accelerator, str]:
     """Accelerate as the flags and its own configuration set it, and the name of its engine: "replicated" where each
-    process has all that trains. Raises RunError for an engine that cannot train a LoRA in fp32."""
+    process has all that trains. Raises RunError for an engine that is gone, or settings that do not fit."""
+    gone = "which is gone: take accelerate_configs/multi_gpu.yaml with --offload_base"
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise RunError(f"accelerate's configuration asks for FSDP, {gone}")
     folders = ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir))
     timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=args.nccl_timeout))
     # As a view, gradients take their memory once. The buffers are positions, up to 68 MB and equal in all processes.
@@ -925,39 +932,28 @@ def get_accelerator(args: Namespace) -> tuple[Accelerator, str]:
             log_with=args.report_to, project_config=folders, kwargs_handlers=[timeout, ddp, autocast],
             step_scheduler_with_optimizer=False,  # accelerate would step the schedule once a process
         )
-    is_replicated = accelerator.distributed_type not in (DistributedType.DEEPSPEED, DistributedType.FSDP)
-    if not is_replicated and (args.quantize_base or args.compile or args.offload_base):
-        flags = "--quantize_base, --compile and --offload_base"
-        raise RunError(f"{flags} do not work with {accelerator.distributed_type.value}")
     if accelerator.mixed_precision not in DTYPES:
         raise RunError(f"accelerate's configuration says {accelerator.mixed_precision}: give --mixed_precision")
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise RunError("the launcher has started several processes, but each is alone: torch sees no GPU (nvidia-smi)")
     if (steps := accelerator.gradient_accumulation_steps) != args.gradient_accumulation_steps:
         raise RunError(f"accelerate's configuration says {steps}: give the same --gradient_accumulation_steps")
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        from transformers.integrations import unset_hf_deepspeed_config
-        unset_hf_deepspeed_config()  # with it, ZeRO-3 would shard the text encoder too
-        config = accelerator.state.deepspeed_plugin.deepspeed_config
-        config["train_micro_batch_size_per_gpu"] = args.train_batch_size
-        config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
-        config["gradient_clipping"] = args.max_grad_norm  # accelerate leaves clipping to DeepSpeed
-        config["zero_force_ds_cpu_optimizer"] = False  # the optimizer is the one of --optimizer, offloaded too
-        # DeepSpeed computes with a copy of the LoRA in the compute dtype; it learns and sums gradients in fp32.
-        config["communication_data_type"] = "fp32"
-        config["data_types"] = config.get("data_types", {}) | {"grad_accum_dtype": "fp32"}
-        return accelerator, f"deepspeed zero{accelerator.state.deepspeed_plugin.zero_stage}"
-    if is_replicated:
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return accelerator, "replicated"
-    if not accelerator.is_fsdp2:
-        raise RunError("FSDP must be version 2 (fsdp_version: 2): version 1 needs one dtype in each block")
-    if accelerator.mixed_precision == "fp16":
-        raise RunError("FSDP2 trains in bf16 here: give --mixed_precision bf16 (also for the 2B)")
-    accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-        param_dtype=DTYPES[accelerator.mixed_precision], reduce_dtype=torch.float32,
-        cast_forward_inputs=False,  # rotary positions stay fp32
-    )
-    return accelerator, "fsdp2"
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin.zero_stage == 3:
+        raise RunError(f"accelerate's configuration asks for DeepSpeed ZeRO-3, {gone}")
+    if args.quantize_base or args.compile or args.offload_base:
+        raise RunError("--quantize_base, --compile and --offload_base do not work with DeepSpeed")
+    config = plugin.deepspeed_config
+    config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+    config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
+    config["gradient_clipping"] = args.max_grad_norm  # accelerate leaves clipping to DeepSpeed
+    config["zero_force_ds_cpu_optimizer"] = False  # the optimizer is the one of --optimizer, offloaded too
+    # DeepSpeed computes with a copy of the LoRA in the compute dtype; it learns and sums gradients in fp32.
+    config["communication_data_type"] = "fp32"
+    config["data_types"] = config.get("data_types", {}) | {"grad_accum_dtype": "fp32"}
+    return accelerator, f"deepspeed zero{plugin.zero_stage}"
 
 
 def log_device(accelerator: Accelerator) -> None:
@@ -1052,7 +1048,7 @@ def modulate(norm_zero: torch.nn.Module, hidden_states: Tensor, text: Tensor, te
     return torch.cat([text, hidden_states], dim=1), gate, text_gate
 
 
-class CogVideoXBlock(diffusers_cogvideox.CogVideoXBlock):  # FSDP2 finds blocks by this name
+class CogVideoXBlock(diffusers_cogvideox.CogVideoXBlock):
     """diffusers' block, to rounding, for video [B, V, D] and text [B, S, D]. It moves half as many bytes:
     theirs rotates in fp32 copies, writes into slices that autograd clones, and has an operation for each sum."""
 
@@ -1225,15 +1221,6 @@ class HostBlocks:
         return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
 
 
-class Int8Linear(torch.nn.Linear):
-    """A layer that bitsandbytes holds in 8 bits, with a scale a row. Its own forward pass keeps the tokens in a place
-    that recomputation does not know (37 GiB at the peak for the 5B, more than in bf16)."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        scale = (self.weight.SCB / 127).to(tokens.dtype)  # [out]
-        return F.linear(tokens, self.weight.to(tokens.dtype) * scale[:, None], self.bias)  # [B, n, out]
-
-
 def inductor_or_eager(graph: torch.fx.GraphModule, inputs: list) -> Callable:
     """A compiler for torch.compile. What inductor cannot compile runs as it is, after one message."""
     try:
@@ -1245,21 +1232,16 @@ def inductor_or_eager(graph: torch.fx.GraphModule, inputs: list) -> Callable:
 
 
 def load_transformer(args: Namespace, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
-    """The frozen base, straight in the compute dtype, or quantized shard by shard as it loads."""
+    """Load the frozen base, straight in the compute dtype, or quantized file by file as it loads."""
     source, explained = pretrained_source(args, "transformer", dtype), contextlib.nullcontext()
-    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-    if options := {"nf4": nf4, "int8": {"load_in_8bit": True}}.get(args.quantize_base):
-        source["quantization_config"] = BitsAndBytesConfig(**options)
-        explained = explain(f"--quantize_base {args.quantize_base}", RuntimeError)
+    if args.quantize_base == "nf4":
+        source["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+        explained = explain("--quantize_base nf4", RuntimeError)
     with explained:
         transformer = CogVideoXTransformer3DModel.from_pretrained(**source)
-    for layer in transformer.modules():
-        if hasattr(getattr(layer, "weight", None), "SCB"):
-            layer.__class__, layer.weight.CB = Int8Linear, None  # a second reference, which would hold the memory
-    if args.quantize_base == "fp8":
-        transformer.enable_layerwise_casting(torch.float8_e4m3fn, dtype)
-    # fp8 layers return to 8 bits at their end, which torch would not reach when it has recomputed all that it needs.
-    recompute = functools.partial(checkpoint, use_reentrant=False, early_stop=args.quantize_base != "fp8")
+    recompute = functools.partial(checkpoint, use_reentrant=False)
     if args.gradient_checkpointing:
         contexts = recomputation_contexts(args)
         transformer.enable_gradient_checkpointing(functools.partial(recompute, context_fn=contexts))
@@ -1334,19 +1316,16 @@ def lora_parameters(transformer: CogVideoXTransformer3DModel) -> dict[str, torch
     return {name.replace(".default.", "."): parameter for name, parameter in trained.items()}
 
 
-def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor, in fp32, where an engine keeps a shard of it or a copy in the compute dtype. Collective."""
-    if isinstance(tensor, DTensor):
-        return tensor.full_tensor()
-    if hasattr(tensor, "_hp_mapping") or hasattr(tensor, "ds_id"):
-        from deepspeed.utils import safe_get_full_fp32_param
-        return safe_get_full_fp32_param(tensor)
-    return tensor
-
-
 def lora_weights(transformer: CogVideoXTransformer3DModel) -> dict[str, Tensor]:
-    """The whole LoRA in fp32 on the CPU, by the names of the saved file. Collective."""
-    return {name: full_tensor(weight).detach().float().cpu() for name, weight in lora_parameters(transformer).items()}
+    """Return the whole LoRA in fp32 on the CPU, by the names of the saved file. Collective."""
+    weights = {}
+    for name, parameter in lora_parameters(transformer).items():
+        weight = parameter.detach()
+        if hasattr(parameter, "_hp_mapping"):  # a copy in the compute dtype; DeepSpeed has shared out the fp32 one
+            from deepspeed.utils import safe_get_full_fp32_param
+            weight = safe_get_full_fp32_param(parameter)
+        weights[name] = weight.float().cpu()
+    return weights
 
 
 def save_lora(transformer: CogVideoXTransformer3DModel, folder: Path, weights: dict[str, Tensor]) -> None:
@@ -1371,10 +1350,7 @@ def load_lora(transformer: CogVideoXTransformer3DModel, path: Path) -> None:
         raise RunError(f"{path} does not fit the layers and the rank of this run")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            tensor = saved[name].to(parameter.device)
-            if isinstance(parameter, DTensor):
-                tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
-            parameter.copy_(tensor)
+            parameter.copy_(saved[name])
 
 
 # ---- Objective ------------------------------------------------------------------------------------------------------
@@ -1913,7 +1889,7 @@ def prepare(args: Namespace, accelerator: Accelerator, transformer: torch.nn.Mod
     # this; without it, DDP would send all blocks' views of the two slots.
     frozen = [name for name, parameter in transformer.named_parameters() if not parameter.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, frozen)
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return accelerator.prepare(transformer, optimizer, schedule)
     place_transformer(args, transformer, accelerator.device)
     return accelerator.prepare(transformer, optimizer, schedule, device_placement=[False, True, True])
@@ -2002,13 +1978,7 @@ def save_checkpoint(run: Run) -> None:
     in_first(remove_checkpoint, folder)
     with attempt(f"Writing {folder}"):
         partial.mkdir(parents=True, exist_ok=True)
-        if accelerator.is_fsdp2:  # accelerate's save_state would write the base too
-            plugin = accelerator.state.fsdp_plugin
-            save_fsdp_optimizer(plugin, accelerator, run.optimizer, run.transformer, str(partial))
-            state = ([], [], [run.lr_scheduler], [], accelerator.process_index, accelerator.step, accelerator.scaler)
-            save_accelerator_state(str(partial), *state)
-        else:
-            accelerator.save_state(str(partial), exclude_frozen_parameters=True)  # the keyword is DeepSpeed's
+        accelerator.save_state(str(partial), exclude_frozen_parameters=True)  # the keyword is DeepSpeed's
         if accelerator.is_main_process:
             save_lora(run.base, partial, weights)
         is_written = True
@@ -2052,6 +2022,10 @@ def find_checkpoint(args: Namespace, settings: dict) -> Path | None:
         if damaged := [name for name, size in content["sizes"].items() if sizes.get(name) != size]:
             logger.warning(f"{folder} is damaged and passed over: {', '.join(damaged)}")
             continue
+        engine = content["settings"].get("engine")
+        if engine in ("deepspeed zero3", "fsdp2"):
+            way = f"start a new run from its LoRA: --init_lora {folder} and another --output_dir"
+            raise RunError(f"--resume_from_checkpoint: {folder} was written with {engine}, which is gone: {way}")
         pairs = {name: (content["settings"].get(name, value), value) for name, value in settings.items()}
         changed = {name: f"{name} was {old}, is {new}" for name, (old, new) in pairs.items() if old != new}
         fixed = {"rank", "lora_targets", "optimizer", "use_8bit_adam", "engine"}
@@ -2104,13 +2078,7 @@ def resume(run: Run, folder: Path) -> None:
     set_seed(run.seed + run.step, device_specific=True)
     if accelerator.distributed_type != DistributedType.DEEPSPEED:  # which keeps it in fp32 and in the compute dtype
         load_lora(run.base, folder / LORA_FILE)
-    if accelerator.is_fsdp2:
-        plugin = accelerator.state.fsdp_plugin
-        load_fsdp_optimizer(plugin, accelerator, run.optimizer, run.transformer, str(folder))
-        state = ([], [], [run.lr_scheduler], [], accelerator.process_index, accelerator.scaler)
-        load_accelerator_state(str(folder), *state)
-    else:
-        accelerator.load_state(str(folder), load_module_strict=False)  # the frozen base is not in it
+    accelerator.load_state(str(folder), load_module_strict=False)  # the frozen base is not in it
     clips = run.batch * saved["train_batch_size"] * saved["num_processes"]  # taken of this epoch
     run.batch = clips // (settings["train_batch_size"] * settings["num_processes"])
     logger.info(f"Resumed {folder}: step {run.step}, epoch {run.epoch + 1}, batch {run.batch} of it")
@@ -2186,14 +2154,6 @@ def sampling_settings(args: Namespace) -> dict:
     return {"num_frames": frames_4k_plus_1(args.max_num_frames)} | {name: getattr(args, name) for name in names}
 
 
-def own_share(run: Run, count: int) -> list[int]:
-    """Which of `count` items this process takes. Processes that each hold a shard of the base work in step: all take
-    as many, and some repeat the last one."""
-    processes = run.accelerator.num_processes
-    rounds = count + (-count % processes if run.settings["engine"] in SHARDED_BASE else 0)
-    return [min(number, count - 1) for number in range(run.accelerator.process_index, rounds, processes)]
-
-
 def stop_sampling(run: Run, _pipe: PIPELINE, _step: int, _timestep, tensors: dict) -> dict:
     """End a sample after a signal: the pipeline calls this after each denoising step. Raises InterruptedError."""
     if run.stop.number:
@@ -2209,7 +2169,7 @@ def log_held_out_loss(run: Run) -> None:
     args = Namespace(**vars(run.args) | {"noised_image_dropout": 0})
     timesteps = torch.linspace(0, run.noise_scheduler.config.num_train_timesteps - 1, 10).long().to(accelerator.device)
     with attempt("The loss of the held-out clips"):
-        for index in (run.latents.held_out[number] for number in own_share(run, len(run.latents.held_out))):
+        for index in run.latents.held_out[accelerator.process_index :: accelerator.num_processes]:
             item = run.latents[index, False, False]
             batch = {name: tensor[None].to(accelerator.device) for name, tensor in item.items()}
             with torch.random.fork_rng(range(torch.cuda.device_count())):
@@ -2229,7 +2189,8 @@ def run_validation(run: Run, is_final: bool = False) -> list[tuple[str, Path]]:
     prompt. These were encoded at the start, so the text encoder is not loaded. A failure (out of memory, a full disk)
     is logged, and training continues. A signal to stop ends the sampling."""
     args, accelerator, inputs = run.args, run.accelerator, validation_inputs(run.args)
-    share, sampled, videos = own_share(run, len(inputs)), [], []
+    share = range(accelerator.process_index, len(inputs), accelerator.num_processes)
+    sampled, videos = [], []
     run.base.eval()
     if run.latents.held_out:
         log_held_out_loss(run)
@@ -2245,8 +2206,7 @@ def run_validation(run: Run, is_final: bool = False) -> list[tuple[str, Path]]:
                 for name, prompt in (("prompt_embeds", inputs[index]["prompt"]), ("negative_prompt_embeds", "")):
                     embeds = load_file(run.prompt_files[prompt])["prompt_embeds"]  # [S, D]
                     pipeline_args[name] = embeds[None].to(accelerator.device)  # [1, S, D]
-                if run.settings["engine"] not in SHARDED_BASE:
-                    pipeline_args["callback_on_step_end"] = functools.partial(stop_sampling, run)
+                pipeline_args["callback_on_step_end"] = functools.partial(stop_sampling, run)
                 files = validation_files(args, run.step, is_final, index)
                 log_validation(pipe, args, accelerator, pipeline_args, run.epoch, is_final, files)
                 logger.info(f"Sampled prompt {index + 1} of {len(inputs)} at step {run.step}")
@@ -2254,7 +2214,7 @@ def run_validation(run: Run, is_final: bool = False) -> list[tuple[str, Path]]:
         pipe = vae = None
     run.base.train()
     clear_device_cache(garbage_collection=True)  # also after held-out clips
-    for index in sorted(set(sum(gather(sampled), []))):
+    for index in sorted(sum(gather(sampled), [])):
         files, prompt = validation_files(args, run.step, is_final, index), inputs[index]["prompt"]
         videos += [(prompt, file) for file in files]
         if accelerator.is_main_process:
@@ -2392,7 +2352,7 @@ def train(run: Run, loader: DataLoader, sampler: ShapeBatchSampler) -> None:
             run.lr_scheduler.step()
             run.step += 1
             # A process that got a signal tells the others here, so that all of them stop after the same step.
-            numbers = (loss_sum / num_micro_batches, full_tensor(grad_norm), run.stop.number)
+            numbers = (loss_sum / num_micro_batches, grad_norm, run.stop.number)
             numbers = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=loss.device) for x in numbers])
             mean_loss, norm, stop = accelerator.reduce(numbers, reduction="mean").tolist()
             # An fp16 gradient may overflow: the gradient scaler then skips the step, and nothing is lost.

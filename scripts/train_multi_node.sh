@@ -16,7 +16,7 @@ export OUTPUT=${OUTPUT:?set OUTPUT to a folder that all machines share}
 KIND=${KIND:-t2v}                              # or i2v
 export MODEL=${MODEL:-THUDM/CogVideoX-5b$([ "$KIND" = t2v ] || echo -I2V)}
 export MIXED_PRECISION=${MIXED_PRECISION:-bf16}
-ENGINE=${ENGINE:-multi_node}                   # or deepspeed_zero2, deepspeed_zero2_offload, deepspeed_zero3, fsdp2
+ENGINE=${ENGINE:-multi_node}                   # or deepspeed_zero2, deepspeed_zero2_offload
 GPUS=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}   # of each machine
 NODES=${NODES:-${SLURM_NNODES:?set NODES to the number of machines}}
 NODE_RANK=${NODE_RANK:-${SLURM_NODEID:?set NODE_RANK: 0 on the first machine, 1 on the second, ...}}

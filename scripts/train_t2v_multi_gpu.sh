@@ -8,7 +8,7 @@
 set -euo pipefail
 
 export DATA=${DATA:?set DATA to the folder of prompts.txt, videos.txt and the clips}
-ENGINE=${ENGINE:-multi_gpu}                    # or deepspeed_zero2, deepspeed_zero2_offload, deepspeed_zero3, fsdp2
+ENGINE=${ENGINE:-multi_gpu}                    # or deepspeed_zero2, deepspeed_zero2_offload
 GPUS=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
 RESTARTS=${RESTARTS:-3}
 

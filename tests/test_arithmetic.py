@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from conftest import SCRIPTS
 from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline
-from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
+from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -198,33 +198,18 @@ def test_what_cannot_be_compiled_runs_as_it_is(script, larger, monkeypatch, capl
 
 @pytest.fixture
 def quantize_on_cpu(monkeypatch):
-    for quantizer in (BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer):
-        monkeypatch.setattr(quantizer, "validate_environment", lambda *_, **__: None)
-        monkeypatch.setattr(quantizer, "update_device_map", lambda *_: {"": "cpu"})
+    monkeypatch.setattr(BnB4BitDiffusersQuantizer, "validate_environment", lambda *_, **__: None)
+    monkeypatch.setattr(BnB4BitDiffusersQuantizer, "update_device_map", lambda *_: {"": "cpu"})
 
 
-QUANTIZED = {"fp8": 0.06, "nf4": 0.3, "int8": 0.03}  # and how far the gradients may be from those of fp32
-
-
-@pytest.mark.parametrize("name", QUANTIZED)
 @pytest.mark.usefixtures("quantize_on_cpu")
-def test_quantized_base(script, larger, name):
-    """8 bits with one scale a row round by 1/254 of the largest weight, fp8 by 1/16 of each weight, nf4 by about 1/10
-    of the weights' size; a gradient passes all of a tiny model's layers. Half the measured distance is a bug."""
+def test_quantized_base(script, larger):
+    """nf4 rounds by about 1/10 of the weights' size; a gradient passes all of a tiny model's layers. Half the measured
+    distance is a bug."""
     exact = loss_and_gradients(script, larger)
-    found = loss_and_gradients(script, larger, torch.bfloat16, quantize_base=name, **RECOMPUTE)
+    found = loss_and_gradients(script, larger, torch.bfloat16, quantize_base="nf4", **RECOMPUTE)
     assert found["loss"] == pytest.approx(exact["loss"], rel=0.01)
-    assert QUANTIZED[name] / 4 < distance(found, exact) < QUANTIZED[name]
-
-
-@pytest.mark.parametrize("levers", [RECOMPUTE, *list(LEVERS.values())[:3]])
-def test_fp8_weights_are_in_8_bits_after_each_step(script, larger, run, levers, monkeypatch):
-    """An error of an operation that is not recomputed as it was would come in the second step."""
-    loaded, load = [], script.load_transformer
-    monkeypatch.setattr(script, "load_transformer", lambda *args: loaded.append(load(*args)) or loaded[-1])
-    run(pretrained_model_name_or_path=larger, quantize_base="fp8", mixed_precision="bf16", max_train_steps=3, **levers)
-    layers = [layer for block in loaded[0].transformer_blocks for layer in (block.ff.net[2], block.ff.net[0].proj)]
-    assert {layer.weight.dtype for layer in layers} == {torch.float8_e4m3fn}
+    assert 0.3 / 4 < distance(found, exact) < 0.3
 
 
 def test_quantization_without_a_gpu_is_one_message(script, larger, run):
@@ -232,10 +217,9 @@ def test_quantization_without_a_gpu_is_one_message(script, larger, run):
         run(pretrained_model_name_or_path=larger, quantize_base="nf4", max_train_steps=1)
 
 
-@pytest.mark.parametrize("name", QUANTIZED)
 @pytest.mark.usefixtures("quantize_on_cpu")
-def test_quantized_run_resumes_and_saves_a_plain_lora(script, run, model, name):
-    settings = {"quantize_base": name, "mixed_precision": "bf16", "gradient_checkpointing": True}
+def test_quantized_run_resumes_and_saves_a_plain_lora(script, run, model):
+    settings = {"quantize_base": "nf4", "mixed_precision": "bf16", "gradient_checkpointing": True}
     whole = run(**settings, max_train_steps=4)
     halves = run(**settings, max_train_steps=2)
     run(**settings, max_train_steps=4, output_dir=halves, resume_from_checkpoint="latest")

@@ -66,6 +66,19 @@ def test_one_wrong_value(fail, name):
     assert f"  - {message}" in said and said.count("  - ") == 1
 
 
+@BOTH
+@pytest.mark.parametrize("value", ["int8", "fp8"])
+def test_a_value_that_is_gone_is_answered_with_what_to_take(fail, value):
+    instead = "--offload_base takes less memory and is exact (nf4 is left for hosts with little memory)"
+    said = fail(quantize_base=value)
+    assert f"  - --quantize_base {value} is gone: {instead}\n" in said and said.count("  - ") == 1
+
+
+def test_a_value_that_never_was_is_answered_with_the_choice(fail):
+    said = fail(quantize_base="int4", rank=0)
+    assert "--quantize_base invalid choice: 'int4'" in said and "--rank must be" in said
+
+
 def test_unknown_flag(fail):
     assert "--lerning_rate" in fail(lerning_rate=1)
 

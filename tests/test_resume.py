@@ -139,7 +139,8 @@ def saved(script, finished):
     return args, json.loads((folder / "training_state.json").read_text())["settings"]
 
 
-REFUSED = {"rank": 8, "optimizer": "adamw", "use_8bit_adam": True, "lora_targets": ["to_q"], "engine": "fsdp2"}
+REFUSED = {"rank": 8, "optimizer": "adamw", "use_8bit_adam": True, "lora_targets": ["to_q"]}
+REFUSED |= {"engine": "deepspeed zero2"}
 WARNED = {
     "lora_alpha": 4.0, "train_batch_size": 2, "gradient_accumulation_steps": 1, "height": 48, "learning_rate": 1e-2,
     "num_clips": 5, "num_processes": 2, "mixed_precision": "bf16",

@@ -190,13 +190,8 @@ def build_transformer(config: dict, dtype: torch.dtype, quantization_config=None
                 weight = torch.empty(layer.out_features, layer.in_features, dtype=dtype, device="meta")
                 layer.weight = bitsandbytes.nn.Params4bit(weight, False, compress_statistics=False, quant_type="nf4")
                 layer.weight = layer.weight._quantize("meta")
-            elif isinstance(layer, bitsandbytes.nn.Linear8bitLt):
-                weight = torch.empty(layer.out_features, layer.in_features, dtype=torch.int8, device="meta")
-                scales = torch.empty(layer.out_features, device="meta")
-                layer.weight = bitsandbytes.nn.Int8Params(weight, False, False, CB=weight, SCB=scales)
-            quantized = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
-            if isinstance(layer, quantized) and layer.bias is not None:
-                layer.bias = torch.nn.Parameter(torch.empty(layer.out_features, dtype=dtype, device="meta"), False)
+                if layer.bias is not None:
+                    layer.bias = torch.nn.Parameter(torch.empty(layer.out_features, dtype=dtype, device="meta"), False)
     return transformer
 
 
@@ -236,10 +231,9 @@ def training_cost(
         num_parameters = sum(parameter.numel() for parameter in lora)
         script.place_transformer(args, transformer, torch.device(device))
         tensors = dict(itertools.chain(transformer.named_parameters(), transformer.named_buffers()))
-        scales = [getattr(tensor, "SCB", None) for tensor in tensors.values()]
-        scales += [tensor.quant_state.absmax for tensor in tensors.values() if hasattr(tensor, "quant_state")]
+        scales = [tensor.quant_state.absmax for tensor in tensors.values() if hasattr(tensor, "quant_state")]
         counter.watch(*(tensor for name, tensor in tensors.items() if "lora_" not in name))
-        counter.watch(*(scale for scale in scales if scale is not None))
+        counter.watch(*scales)
         parts = {"base": counter.live}
         counter.watch(*lora)
         parts |= {"LoRA": counter.live - parts["base"], "gradients": 4 * num_parameters}
