@@ -1179,12 +1179,13 @@ class HostBlocks:
         with context:
             yield
 
+    def contexts(self, block: torch.nn.Module) -> tuple:
+        """Return the contexts in which a block runs, and runs again in the backward pass."""
+        return tuple(self.begun(block, context) for context in self.context_fn())
+
     def recompute(self, block: torch.nn.Module, *inputs):
         """Run a block that is run again in the backward pass: for `enable_gradient_checkpointing`."""
-
-        def contexts() -> tuple:
-            return tuple(self.begun(block, context) for context in self.context_fn())
-
+        contexts = functools.partial(self.contexts, block)
         return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
 
 
