@@ -1189,16 +1189,6 @@ class HostBlocks:
         return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
 
 
-def inductor_or_eager(graph: torch.fx.GraphModule, inputs: list) -> Callable:
-    """A compiler for torch.compile. What inductor cannot compile runs as it is, after one message."""
-    try:
-        from torch._inductor.compile_fx import compile_fx
-        return compile_fx(graph, inputs)
-    except Exception as error:  # no compiler, no Triton, an operation that is not supported
-        log_error_once(f"--compile has no effect: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
-        return graph.forward
-
-
 def load_transformer(args: Namespace, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
     """Load the frozen base, straight in the compute dtype, or quantized file by file as it loads."""
     source, explained = pretrained_source(args, "transformer", dtype), contextlib.nullcontext()
@@ -1215,11 +1205,12 @@ def load_transformer(args: Namespace, dtype: torch.dtype) -> CogVideoXTransforme
         transformer.enable_gradient_checkpointing(functools.partial(recompute, context_fn=contexts))
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # sizes of clips; each is compiled for training and for sampling
+        torch._dynamo.config.suppress_errors = True  # without a compiler the blocks run as they are; torch prints why
     for block in transformer.transformer_blocks:
         block.__class__, block.recompute = CogVideoXBlock, recompute
         block.num_parts = 8 if args.offload_activations and not args.compile else 1
         if args.compile:  # for each shape: once for the first block, whose input needs no gradient, and once for all
-            block.compile(backend=inductor_or_eager, dynamic=False)
+            block.compile(dynamic=False)
     return transformer.requires_grad_(False)
 
 
