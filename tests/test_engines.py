@@ -200,7 +200,7 @@ def test_two_values_for_accumulation_are_refused(launch):
 def test_levers_that_deepspeed_does_not_take_are_refused(script, flags, monkeypatch, lever):
     accelerator = SimpleNamespace(
         mixed_precision="bf16", gradient_accumulation_steps=1, distributed_type=DistributedType.DEEPSPEED,
-        state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=2)),
+        state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=2)), num_processes=1,
     )  # fmt: skip
     monkeypatch.setattr(script, "Accelerator", lambda **_: accelerator)
     with pytest.raises(script.RunError, match="do not work with DeepSpeed") as error:

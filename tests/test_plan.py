@@ -208,7 +208,7 @@ def test_copies_of_the_base_are_counted_apart(monkeypatch):
         parameter.nbytes for name, parameter in block.named_parameters() if "transformer_blocks" not in name
     ), rel=1e-3)  # fmt: skip
     plain = published_cost("5b", 6, rank=64)
-    assert (cost.flop, cost.traffic) == pytest.approx((plain.flop, plain.traffic), rel=1e-6)
+    assert (cost.flop, cost.traffic) == pytest.approx((plain.flop, plain.traffic), rel=1e-4)
     monkeypatch.setattr(plan, "HOST_LINK", 1e9)
     assert cost.seconds("h100") == cost.copied / 1e9 > plain.seconds("h100")
 
