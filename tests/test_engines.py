@@ -196,7 +196,7 @@ def test_two_values_for_accumulation_are_refused(launch):
     assert "accelerate's configuration says 4: give the same --gradient_accumulation_steps" in child.said()
 
 
-@pytest.mark.parametrize("lever", [{"quantize_base": "nf4"}, {"compile": True}])
+@pytest.mark.parametrize("lever", [{"quantize_base": "nf4"}, {"compile": True}, {"offload_base": True}])
 def test_levers_that_deepspeed_does_not_take_are_refused(script, flags, monkeypatch, lever):
     accelerator = SimpleNamespace(
         mixed_precision="bf16", gradient_accumulation_steps=1, distributed_type=DistributedType.DEEPSPEED,
