@@ -55,7 +55,7 @@ measure_step() {  # measure_step MODEL RESULTS STEPS SETTING...
 
 step() {
     measure_step 5b step 2 "diffusers' example" recomputed "library's blocks" "cuDNN attention" "attention kept" \
-        offloaded "base on the host" "base on the host, offloaded" "$smallest"
+        offloaded "base on the host" "base on the host, offloaded"
 }
 
 card() {
