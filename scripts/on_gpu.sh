@@ -140,7 +140,9 @@ run_phase() {  # run_phase NAME SECONDS: of these, no more than are left
         echo "| phase $1 | no time |"
         return
     fi
-    timeout -k 5 "$most" bash -c "$1"
+    # A program that goes on after SIGTERM would hold the GPU in later phases. The phase waits for it, and both are
+    # killed 5 seconds later.
+    timeout -k 5 "$most" bash -c "trap 'wait; exit 124' TERM; $1"
     code=$?
     echo "| phase $1 | $((SECONDS - begun)) s of $most | exit code $code |"
 }

@@ -46,18 +46,22 @@ def check_files(folder: Path, said: str, json_files: list[str]) -> None:
 
 
 STANDS_IN_FOR_PYTHON = """case $1 in
-*/device_facts.py) echo '| a fact | 1 |' ;;
+*/device_facts.py) echo "| path | $PYTHONPATH |" ;;
 */make_model.py) echo 'no space left' >&2; exit 3 ;;
-*) sleep 600 ;;
+*) trap '' TERM; sleep 60 ;;
 esac"""
 
 
 def test_a_phase_that_fails_or_lasts_too_long_ends_alone(on_gpu, tmp_path):
+    """A program that ignores SIGTERM ends with its phase, too: it would hold the GPU, and keep the table waiting."""
     stand_in(tmp_path, "python", STANDS_IN_FOR_PYTHON)
-    said = on_gpu("facts", "prepare", "text", "card", "none", PYTHON=str(tmp_path / "python"), LIMIT="9")
-    codes = {"facts": "0", "prepare": "3", "text": "124", "card": "time", "none": "phase"}  # 124: it was stopped
+    settings = {"PYTHON": str(tmp_path / "python"), "PYTHONPATH": "/of/the/caller", "LIMIT": "9"}
+    said = on_gpu("facts", "prepare", "text", "card", "none", **settings)
+    codes = {"facts": "0", "prepare": "3", "text": "137", "card": "time", "none": "phase"}  # 137: it was killed
     assert exit_codes(said) == codes
-    assert "\n| a fact | 1 |\n" in said.split(TABLE)[1] and "no space left" in said.split(TABLE)[0]
+    log, table = said.split(TABLE)
+    assert "no space left" in log and "\n| path | /of/the/caller |\n" in table
+    assert int(table.split(" s\n")[0]) < 30
     check_files(tmp_path / "results", said, [])
 
 
