@@ -1003,10 +1003,11 @@ def device_memory(device: torch.device) -> float:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
 
 
-def is_too_large(accelerator: Accelerator, size: float) -> bool:
-    """Return whether `size` bytes are too much for the smallest card of all processes. What other programs hold at the
-    moment does not count, since what depends on the answer must not change from one run to the next. Collective."""
-    return min(gather(device_memory(accelerator.device))) < size + OTHER_MEMORY
+def needs_tiles(args: Namespace, accelerator: Accelerator, size: float) -> bool:
+    """Return whether the VAE works in tiles, where whole frames take `size` bytes with all else: with --offload_base,
+    and where that is too much for the smallest card of all processes. What other programs hold at the moment does not
+    count, since what depends on the answer must not change from one run to the next. Collective."""
+    return args.offload_base or min(gather(device_memory(accelerator.device))) < size + OTHER_MEMORY
 
 
 def load_vae(args: Namespace, dtype: torch.dtype) -> AutoencoderKLCogVideoX:
@@ -1121,6 +1122,13 @@ def to_device(saved: tuple[torch.device, Tensor]) -> Tensor:
     """Copy what `to_host` returned back to its device."""
     device, host = saved
     return host.to(device, non_blocking=True)
+
+
+def saving_activations(args: Namespace) -> contextlib.AbstractContextManager:
+    """Return what a forward pass is run in: with --offload_activations, what it saves waits in host memory."""
+    if args.offload_activations:
+        return saved_tensors_hooks(to_host, to_device)
+    return contextlib.nullcontext()
 
 
 class HostBlocks:
@@ -1916,8 +1924,7 @@ class Run:
         states = 2 * sum(parameter.nbytes for parameter in lora_parameters(self.base).values())  # the optimizer's
         pixels = self.args.height * self.args.width
         decoding = pixels * DECODED_PIXEL * DTYPES[self.accelerator.mixed_precision].itemsize
-        is_small = is_too_large(self.accelerator, weights + states + decoding)
-        self.is_decoded_in_tiles = self.args.offload_base or is_small
+        self.is_decoded_in_tiles = needs_tiles(self.args, self.accelerator, weights + states + decoding)
 
 
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------
@@ -2318,7 +2325,7 @@ def train(run: Run, loader: DataLoader, sampler: ShapeBatchSampler) -> None:
     args, accelerator, transformer = run.args, run.accelerator, run.transformer
     progress = progress_bar(total=run.max_train_steps, initial=run.step, desc="Training", unit="step")
     loss_sum, num_micro_batches, before_step, started = 0.0, 0, None, time.perf_counter()
-    saving = saved_tensors_hooks(to_host, to_device) if args.offload_activations else contextlib.nullcontext()
+    saving = saving_activations(args)
     transformer.train()
     while run.step < run.max_train_steps:
         sampler.epoch, sampler.first_batch = run.epoch, run.batch
@@ -2433,8 +2440,8 @@ def main(args: Namespace) -> None:
     with stage(args, "encoding prompts"):
         prompt_files = precompute_prompts(args, accelerator, prompts, transformer_config["max_text_seq_length"])
     pixels = max(height * width for _, height, width in dataset.buckets)
-    is_in_tiles = is_too_large(accelerator, pixels * ENCODED_PIXEL * DTYPES[accelerator.mixed_precision].itemsize)
-    is_in_tiles = saved.get("is_encoded_in_tiles", is_in_tiles or args.offload_base)
+    encoding = pixels * ENCODED_PIXEL * DTYPES[accelerator.mixed_precision].itemsize  # bytes
+    is_in_tiles = saved.get("is_encoded_in_tiles", needs_tiles(args, accelerator, encoding))
     with stage(args, "encoding videos"):
         video_files = precompute_videos(args, accelerator, dataset, is_in_tiles)
     clips = zip(video_files, map(prompt_files.get, captions), [record.path for record in dataset.records], strict=True)

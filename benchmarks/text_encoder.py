@@ -2,8 +2,8 @@
 
     python benchmarks/text_encoder.py [--tiny]
 
-The scripts encode prompts on the CPU where the GPU has no room for this encoder (8.9 GiB). On the CPU one of its 24
-equal layers is measured, and its time is multiplied by 24.
+It takes 8.9 GiB in bf16. Where a GPU has no room for it, the scripts have two of its blocks there. This tells
+what the CPU would take instead. One of its 24 equal layers is measured there, and its time is multiplied by 24.
 """
 
 import argparse

@@ -174,9 +174,7 @@ def measure(name: str, setting: str, rank: int, steps: int, folder: str) -> dict
     scheduler = CogVideoXDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
     config, vae_config = transformer.config, models.vae_config(name)
     batch = random_batch(name, config, device)
-    on_host = contextlib.nullcontext()
-    if args.offload_activations:
-        on_host = torch.autograd.graph.saved_tensors_hooks(script.to_host, script.to_device)
+    on_host = script.saving_activations(args)
     seconds, losses, norms, retries = [], [], [], 0
     if is_cuda:
         torch.cuda.empty_cache()  # of what loading needed

@@ -1,6 +1,5 @@
 """What a step computes: to rounding the numbers of diffusers' and peft's own forward passes."""
 
-import contextlib
 import importlib
 
 import pytest
@@ -56,8 +55,7 @@ def loss_and_gradients(
     latents, conditions = script.prepare_batch(batch, config, vae_config, args)
     scheduler = script.CogVideoXDPMScheduler.from_pretrained(**script.pretrained_source(args, "scheduler"))
     transformer.train()
-    hooks = script.saved_tensors_hooks(script.to_host, script.to_device)
-    with hooks if args.offload_activations else contextlib.nullcontext():
+    with script.saving_activations(args):
         loss = script.diffusion_loss(transformer, scheduler, latents, conditions)
     loss.backward()
     return {"loss": loss.item()} | {name: parameter.grad for name, parameter in lora.items()}

@@ -1,6 +1,5 @@
 """--offload_base: the base waits in host memory, and every number stays what it is."""
 
-import contextlib
 import json
 import weakref
 from types import SimpleNamespace
@@ -54,8 +53,7 @@ def two_steps(script, model, between=None, **changes) -> list[torch.Tensor]:
         latents, conditions = script.prepare_batch(batch, config, vae_config, args)
         if step and between:
             between(transformer, latents, conditions)
-        hooks = script.saved_tensors_hooks(script.to_host, script.to_device)
-        with hooks if args.offload_activations else contextlib.nullcontext():
+        with script.saving_activations(args):
             loss = script.diffusion_loss(transformer, scheduler, latents, conditions)
         loss.backward()
         found += [loss.detach(), *(parameter.grad.clone() for parameter in lora)]

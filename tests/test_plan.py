@@ -154,15 +154,15 @@ def test_memory_flags_are_those_that_a_run_lacks(script, flags, changes):
     assert [value for name, value in found if name == "rank"] == [rank for rank in (64, 16) if rank < args.rank]
 
 
-def test_coders_of_equal_shapes_count_as_often_as_they_run(monkeypatch):
+def test_coders_of_equal_shapes_count_as_often_as_they_run(script, monkeypatch):
     """In tiles and parts of a clip, one call of a shape tells what the others take."""
     config = published.VAE | {"block_out_channels": [32, 32, 32, 64], "norm_num_groups": 4, "layers_per_block": 1}
     vae = plan.on_meta(lambda: plan.AutoencoderKLCogVideoX.from_config(config), torch.bfloat16)
     vae.enable_tiling(144, 200)
     latents = torch.zeros(1, 16, 7, 30, 60, dtype=torch.bfloat16, device="meta")
-    remembered = plan.count([vae], lambda: vae.decode(latents))
+    remembered = plan.count(script, [vae], lambda: vae.decode(latents))
     monkeypatch.setattr(plan, "once_a_shape", lambda function, _counter: function)
-    assert remembered == plan.count([vae], lambda: vae.decode(latents)) and remembered.flop > 0
+    assert remembered == plan.count(script, [vae], lambda: vae.decode(latents)) and remembered.flop > 0
 
 
 def smallest_stages(name: str, num_layers: int) -> dict[str, plan.Cost]:

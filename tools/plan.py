@@ -152,23 +152,17 @@ SDPA = F.scaled_dot_product_attention
 
 @contextlib.contextmanager
 def without_host(script: ModuleType, cost: Cost) -> Iterator[None]:
-    """The script copies no weights from host memory, only counts how many bytes they are."""
+    """The script copies nothing to or from host memory. Of weights, the bytes are counted. Of what a forward pass
+    saves, shape and dtype are kept."""
 
     def transfer(_blocks, _slot, buffer):
         cost.copied += len(buffer)
 
-    with mock.patch.object(script.HostBlocks, "transfer", transfer):
+    with (
+        mock.patch.object(script.HostBlocks, "transfer", transfer),
+        mock.patch.multiple(script, to_host=as_like, to_device=from_like),
+    ):
         yield
-
-
-def saving(script: ModuleType, args: Namespace, device: str):
-    """What the script enters for the forward pass. Of tensors without values that wait on the host, it keeps shape and
-    dtype in place of a copy."""
-    if not args.offload_activations:
-        return contextlib.nullcontext()
-    if device == "meta":
-        return torch.autograd.graph.saved_tensors_hooks(as_like, from_like)
-    return torch.autograd.graph.saved_tensors_hooks(script.to_host, script.to_device)
 
 
 def on_meta(make: Callable, dtype: torch.dtype) -> torch.nn.Module:
@@ -253,7 +247,7 @@ def training_cost(
         transformer.train()
         with counter:
             latents, conditions = script.prepare_batch(batch, config, vae_config, args)
-            with saving(script, args, device):
+            with script.saving_activations(args):
                 loss = script.diffusion_loss(transformer, scheduler, latents, conditions)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(lora, args.max_grad_norm)
@@ -287,8 +281,8 @@ def once_a_shape(function: Callable, counter: CostCounter) -> Callable:
     return remembered
 
 
-def count(models: list[torch.nn.Module], function: Callable) -> Cost:
-    """Of a function without gradients, with these models on the device."""
+def count(script: ModuleType, models: list[torch.nn.Module], function: Callable) -> Cost:
+    """Of a function without gradients, with these models of the script on the device."""
     counter = CostCounter()
     vaes = [model for model in models if isinstance(model, AutoencoderKLCogVideoX)]
     counter.watch(*(tensor for model in models for tensor in (*model.parameters(), *model.buffers())))
@@ -297,6 +291,7 @@ def count(models: list[torch.nn.Module], function: Callable) -> Cost:
         for coder in (coder for vae in vaes for coder in (vae.encoder, vae.decoder)):
             stack.enter_context(mock.patch.object(coder, "forward", once_a_shape(coder.forward, counter)))
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", flash_attention))
+        stack.enter_context(without_host(script, counter.cost))
         stack.enter_context(torch.no_grad())
         stack.enter_context(counter)
         function()
@@ -308,9 +303,9 @@ def latent_frames(frames: int) -> int:
     return (frames - 1) // 4 + 1
 
 
-def is_too_large(script: ModuleType, size: float, limit: float) -> bool:
-    """Return whether the script finds `size` bytes too much for a card of which CUDA leaves `limit` bytes."""
-    return limit + CUDA_CONTEXT * GIB < size + script.OTHER_MEMORY
+def needs_tiles(script: ModuleType, args: Namespace, size: float, limit: float) -> bool:
+    """Return what the script's function of this name does, for a card of which CUDA leaves `limit` bytes."""
+    return args.offload_base or limit + CUDA_CONTEXT * GIB < size + script.OTHER_MEMORY
 
 
 def sampling_cost(
@@ -332,18 +327,16 @@ def sampling_cost(
     conditions["encoder_hidden_states"] = batch["prompt_embeds"].expand(2, -1, -1)
     timesteps = new(2).long()
     both = both.expand(2, -1, -1, -1, -1)
-    with without_host(script, cost := Cost()):
-        denoising = count([transformer.eval(), vae], lambda: transformer(both, timestep=timesteps, **conditions))
-    cost = dataclasses.replace(denoising, copied=args.num_inference_steps * cost.copied)
+    cost = count(script, [transformer.eval(), vae], lambda: transformer(both, timestep=timesteps, **conditions))
     held = training.parts["base"] + training.parts["LoRA"] + training.parts["optimizer"]
-    decoding = args.height * args.width * script.DECODED_PIXEL * vae.dtype.itemsize
-    if args.offload_base or is_too_large(script, held + decoding, limit):
+    whole_frames = args.height * args.width * script.DECODED_PIXEL * vae.dtype.itemsize
+    if needs_tiles(script, args, held + whole_frames, limit):
         vae.enable_tiling(*script.SMALL_TILES)
     compressed = latents.permute(0, 2, 1, 3, 4).to(vae.dtype)  # [1, C, f, h, w]
-    decoding = count([vae], lambda: vae.decode(compressed))
+    decoding = count(script, [vae], lambda: vae.decode(compressed))
     denoising = cost.peak + training.parts["optimizer"]
     cost.peak = max(denoising, decoding.peak + held)
-    for name in ("traffic", "matrix_traffic", "flop"):
+    for name in ("traffic", "matrix_traffic", "copied", "flop"):
         setattr(cost, name, args.num_inference_steps * getattr(cost, name) + getattr(decoding, name))
     cost.parts = {"denoising": denoising, "decoding": decoding.peak + held}
     return cost
@@ -366,9 +359,7 @@ def prompt_cost(script: ModuleType, configs: dict, dtype: torch.dtype, is_on_hos
     if is_on_host:
         script.place_text_encoder(text_encoder, torch.device("meta"))
         models = [text_encoder.encoder.block, text_encoder.encoder.final_layer_norm]
-    with without_host(script, copied := Cost()):
-        cost = count(models, lambda: text_encoder(tokens))
-    return dataclasses.replace(cost, copied=copied.copied)
+    return count(script, models, lambda: text_encoder(tokens))
 
 
 def encoding_costs(
@@ -382,9 +373,9 @@ def encoding_costs(
     vae, scale = new_vae(args, configs["vae"], dtype), script.pixels_per_latent(configs["vae"])
     frames, height, width = shape
     video = torch.zeros(4 * frames - 3, 3, scale * height, scale * width, dtype=dtype, device="meta")  # [F, C, H, W]
-    need = script.ENCODED_PIXEL * dtype.itemsize * math.prod(video.shape[2:])
-    vae.use_tiling = args.enable_tiling or args.offload_base or is_too_large(script, need, limit)
-    return costs | {"encoding a clip": count([vae], lambda: script.encode_video(vae, video))}
+    whole_frames = script.ENCODED_PIXEL * dtype.itemsize * math.prod(video.shape[2:])
+    vae.use_tiling = args.enable_tiling or needs_tiles(script, args, whole_frames, limit)
+    return costs | {"encoding a clip": count(script, [vae], lambda: script.encode_video(vae, video))}
 
 
 def training_costs(
