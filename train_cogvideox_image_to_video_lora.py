@@ -94,6 +94,7 @@ OTHER_MEMORY = 1.5 * 2**30  # bytes of a card that CUDA, the VAE's weights and a
 SMALL_TILES = (144, 160)  # pixels; the overlaps of the VAE's tiles, 1/6 and 1/5 of them, must be whole latent pixels
 DECODE_SECONDS = 60  # after which a clip counts as one that cannot be decoded
 RESUME_HINT = "To continue, give the same command with --resume_from_checkpoint latest."
+OTHER_LOST = "another process of this run was lost"
 # What a resumed run takes from its checkpoint: the position in the data, and what was decided by the card's memory.
 RUN_STATE = ("seed", "step", "epoch", "batch", "is_encoded_in_tiles", "is_decoded_in_tiles")
 SETTINGS = (  # kept in a checkpoint and shown in the card
@@ -848,16 +849,19 @@ def log_to_file(output_dir: Path) -> None:
 
 
 def last_errors(output_dir: Path) -> list[str]:
-    """Return the last line of each other process's log that ends with an error of this run, with the process's
-    rank."""
+    """Return the errors of this run that the logs of other processes end with, each with its rank. Those of processes
+    that have only noticed the end of another one tell nothing."""
     found = []
     for rank in range(int(os.environ.get("WORLD_SIZE", 1))):
+        if rank == int(os.environ.get("RANK", 0)):
+            continue
         path = output_dir / log_file_name(rank)
         with contextlib.suppress(OSError):  # no such log, or no such folder
             is_of_this_run = path.stat().st_mtime >= (output_dir / "run.json").stat().st_mtime
             records = re.split(r"^(?=\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} )", path.read_text().strip(), flags=re.M)
-            if is_of_this_run and " ERROR " in records[-1] and rank != int(os.environ.get("RANK", 0)):
-                found.append(f"rank {rank} ended: {records[-1].split(' ERROR ')[1]} ({path})")
+            _, is_error, message = records[-1].partition(" ERROR ")
+            if is_of_this_run and is_error and not message.startswith(OTHER_LOST):
+                found.append(f"rank {rank} ended: {message} ({path})")
     return found
 
 
@@ -2505,7 +2509,7 @@ def command_line() -> None:
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        what = f"another process of this run was lost, or did not start ({str(error).splitlines()[0]})"
+        what = f"{OTHER_LOST}, or did not start ({str(error).splitlines()[0]})"
         problem = RunError("\n".join([f"{what}. {RESUME_HINT}", *last_errors(Path(args.output_dir))]), exit_code=5)
     if problem is None:
         sys.exit(0)

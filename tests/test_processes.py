@@ -324,6 +324,22 @@ def test_who_alone_runs_out_of_memory_says_so(launch, tmp_path, where):
     assert "Traceback" not in "".join(said)
 
 
+def test_processes_that_only_noticed_an_end_are_not_named_as_its_cause(script, monkeypatch, tmp_path):
+    """Of four: the third one has failed, the second one has noticed that first, the last one's log is of an earlier
+    run."""
+    line = "2026-11-28 07:00:00,123"
+    (tmp_path / "train.rank3.log").write_text(f"{line} ERROR of an earlier run\n")
+    os.utime(tmp_path / "train.rank3.log", (1, 1))
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "train.log").write_text(f"{line} ERROR a sample failed\n{line} INFO Saved checkpoint-1\n")
+    (tmp_path / "train.rank1.log").write_text(f"{line} ERROR {script.OTHER_LOST}, or did not start (closed).\n")
+    (tmp_path / "train.rank2.log").write_text(f"{line} ERROR the first\n{line} ERROR the last:\n  - ERROR of a clip\n")
+    for name, value in {"WORLD_SIZE": "4", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    expected = f"rank 2 ended: the last:\n  - ERROR of a clip ({tmp_path / 'train.rank2.log'})"
+    assert script.last_errors(tmp_path) == [expected]
+
+
 def test_what_ends_all_processes_is_said_once(launch, tmp_path):
     """By the first process of the machine; the other one leaves no log."""
     first, second = finish(launch(2, **TWO, learning_rate=1e30, max_grad_norm=1e30), [3, 3])
