@@ -1303,7 +1303,8 @@ def save_lora(transformer: CogVideoXTransformer3DModel, folder: Path, weights: d
     """Write `weights`, of `lora_weights`, as LORA_FILE into `folder`, complete or not at all. Its metadata makes
     `pipe.load_lora_weights(folder)` apply alpha / rank, once. Raises RunError, code 1."""
     config = transformer.peft_config["default"]
-    metadata = config.to_dict() | {"target_modules": layer_names(config.target_modules)}
+    # No other field of peft's: a version that does not know one of them refuses the file.
+    metadata = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": layer_names(config.target_modules)}
     path = folder / LORA_FILE
     with explain(f"{path} cannot be written", (OSError, SafetensorError), exit_code=1):
         PIPELINE.save_lora_weights(
