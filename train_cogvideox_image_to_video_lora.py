@@ -100,7 +100,7 @@ RUN_STATE = ("seed", "step", "epoch", "batch", "is_encoded_in_tiles", "is_decode
 SETTINGS = (  # kept in a checkpoint and shown in the card
     "rank lora_alpha optimizer use_8bit_adam learning_rate lr_scheduler lr_warmup_steps train_batch_size "
     "gradient_accumulation_steps height width max_num_frames buckets fps frame_sampling video_reshape_mode "
-    "random_flip caption_dropout eval_split quantize_base seed"
+    "random_flip caption_dropout eval_split quantize_base lora_blocks seed"
 ).split()
 
 
@@ -223,6 +223,14 @@ def bucket(text: str) -> tuple[int, int, int]:
     return int(sizes[0]), pixels(sizes[1]), pixels(sizes[2])
 
 
+def block_range(text: str) -> str:
+    """Return the value of --lora_blocks, such as "21-41", without spare zeros. Raises argparse.ArgumentTypeError."""
+    match = re.fullmatch(r"(\d+)-(\d+)", text)
+    if match is None or int(match[1]) > int(match[2]):
+        raise argparse.ArgumentTypeError(f"must be the first and the last block, such as 21-41, not {text}")
+    return f"{int(match[1])}-{int(match[2])}"
+
+
 def quantization(text: str) -> str:
     """Return the value of --quantize_base. Raises argparse.ArgumentTypeError for the values that are gone."""
     if text in ("int8", "fp8"):
@@ -250,7 +258,9 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     add("--lora_alpha", type=POSITIVE, default=128, help="the LoRA is applied with strength alpha / rank")
     layers = f"layers that get a LoRA, named as in the model; default: {' '.join(LORA_TARGETS)}"
     add("--lora_target_modules", nargs="+", metavar="X", help=layers)
-    add("--init_lora", help="LoRA to start from: file, folder or Hub id; rank, alpha and layers are read from it")
+    blocks = "transformer blocks that get a LoRA, counted from 0; those before cost a forward pass alone; default: all"
+    add("--lora_blocks", type=block_range, metavar="FIRST-LAST", help=blocks)
+    add("--init_lora", help="LoRA to start from: file, folder or Hub id; it has rank, alpha, layers and blocks")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="compute dtype; default: accelerate's configuration")
     add("--enable_slicing", action="store_true", help="VAE slicing: a batch is coded one video at a time")
     add("--enable_tiling", action="store_true", help="VAE tiling: large frames in overlapping tiles, less memory")
@@ -359,8 +369,8 @@ def layer_names(names) -> list[str]:
 
 @functools.cache
 def open_lora(source: str) -> tuple[Path, dict]:
-    """The file of an existing LoRA, and its rank, alpha and layers by the flags' names. Without metadata, it is one of
-    strength 1. Raises RunError."""
+    """The file of an existing LoRA, and its rank, alpha, layers and blocks by the flags' names. Without metadata, it is
+    one of strength 1 for all blocks. Raises RunError."""
     path = Path(source, LORA_FILE) if Path(source).is_dir() else Path(source)
     with explain(f"--init_lora {source} is no LoRA in diffusers' format: a file, a folder or a Hub id"):
         if not path.is_file():
@@ -370,9 +380,12 @@ def open_lora(source: str) -> tuple[Path, dict]:
             config = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
             ranks = {name: file.get_slice(name).get_shape()[0] for name in file.keys() if "lora_A.weight" in name}
         rank = max(ranks.values())
+    numbers = [int(number) for name in ranks for number in re.findall(r"transformer_blocks\.(\d+)\.", name)]
+    blocks = f"{min(numbers)}-{max(numbers)}" if config.get("transformer.layers_to_transform") else None
     layers = {re.sub(r"^.*transformer_blocks\.\d+\.(attn1\.)?|\.lora_A\.weight$", "", name) for name in ranks}
     alpha = config.get("transformer.lora_alpha", rank)
-    return path, {"rank": rank, "lora_alpha": alpha, "lora_target_modules": layer_names(layers)}
+    lora = {"rank": rank, "lora_alpha": alpha, "lora_target_modules": layer_names(layers), "lora_blocks": blocks}
+    return path, lora
 
 
 def get_args(argv: list[str] | None = None) -> Namespace:
@@ -389,7 +402,7 @@ def get_args(argv: list[str] | None = None) -> Namespace:
         parser.problems.append(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if args.pretrained_model_name_or_path is None:
         parser.problems.append("--pretrained_model_name_or_path is missing")
-    own = {"rank": args.rank, "lora_alpha": args.lora_alpha}
+    own = {"rank": args.rank, "lora_alpha": args.lora_alpha, "lora_blocks": args.lora_blocks}
     own["lora_target_modules"] = layer_names(args.lora_target_modules or LORA_TARGETS)
     try:
         lora = open_lora(args.init_lora)[1] if args.init_lora else own
@@ -1301,11 +1314,28 @@ class LoraLinear(PeftLinear):
         return self.lora_B["default"](hidden, self.scaling["default"], add_to=self.base_layer(tokens))
 
 
+def block_numbers(blocks: str) -> list[int]:
+    """Return the numbers of the blocks of --lora_blocks."""
+    first, last = map(int, blocks.split("-"))
+    return list(range(first, last + 1))
+
+
 def add_lora(
-    transformer: CogVideoXTransformer3DModel, rank: int, lora_alpha: float, layers: list[str] = LORA_TARGETS
-) -> list[torch.nn.Parameter]:
-    """Add LoRA matrices to `layers`; returns them, the only parameters that train, in fp32."""
-    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=lora_alpha, target_modules=layers))
+    transformer: CogVideoXTransformer3DModel, rank: int, lora_alpha: float, layers: list[str] = LORA_TARGETS,
+    blocks: str | None = None,
+) -> list[torch.nn.Parameter]:  # fmt: skip
+    """Add LoRA matrices to `layers`, of all `blocks` or of such as "21-41"; returns them, the only parameters that
+    train, in fp32. No gradient is computed in the blocks before the first one that has them."""
+    config = LoraConfig(r=rank, lora_alpha=lora_alpha, target_modules=layers)
+    numbers = block_numbers(blocks) if blocks is not None else []
+    if 0 < len(numbers) < len(transformer.transformer_blocks):  # all blocks are as none named
+        config.layers_to_transform = numbers
+        # The layers have their full names, which peft looks for first: before 0.21 it found no block by its number.
+        starts = tuple(f"transformer_blocks.{number}." for number in numbers)
+        ends = tuple(f".{layer}" for layer in layers)
+        names = (name for name, _ in transformer.named_modules())
+        config.target_modules = {name for name in names if name.startswith(starts) and name.endswith(ends)}
+    transformer.add_adapter(config)
     cast_training_params(transformer, dtype=torch.float32)
     for layer in transformer.modules():
         if isinstance(layer, LoraLayer):
@@ -1338,6 +1368,8 @@ def save_lora(transformer: CogVideoXTransformer3DModel, folder: Path, weights: d
     config = transformer.peft_config["default"]
     # No other field of peft's: a version that does not know one of them refuses the file.
     metadata = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": layer_names(config.target_modules)}
+    if config.layers_to_transform is not None:
+        metadata["layers_to_transform"] = config.layers_to_transform
     path = folder / LORA_FILE
     with explain(f"{path} cannot be written", (OSError, SafetensorError), exit_code=1):
         PIPELINE.save_lora_weights(
@@ -1504,6 +1536,8 @@ def check_model(args: Namespace, transformer_config: dict, vae_config: dict) -> 
             raise RunError(f"{model} {works}: --height {nearest[0]} --width {nearest[1]}, not {size[0]} x {size[1]}")
     if args.lora_target_modules != LORA_TARGETS:  # these every CogVideoX has
         check_layers(args, config)
+    if args.lora_blocks is not None and block_numbers(args.lora_blocks)[-1] >= config["num_layers"]:
+        raise RunError(f"--lora_blocks {args.lora_blocks}: {model} has the blocks 0-{config['num_layers'] - 1}")
     frames = frames_4k_plus_1(args.max_num_frames)
     if frames != args.max_num_frames:
         logger.warning(f"--max_num_frames {args.max_num_frames} is not 4k+1: {frames} frames are used.")
@@ -1520,6 +1554,8 @@ def check_layers(args: Namespace, transformer_config: dict) -> None:
     with torch.device("meta"):
         modules = CogVideoXTransformer3DModel.from_config(transformer_config).named_modules()
     linear = [name for name, module in modules if isinstance(module, torch.nn.Linear)]
+    if args.lora_blocks is not None:
+        linear = [name for name in linear if name.startswith("transformer_blocks.")]
     for name in args.lora_target_modules:
         if not any(f".{layer}".endswith(f".{name}") for layer in linear):
             layers = {re.sub(r"^transformer_blocks\.\d+\.(attn1\.)?", "", layer) for layer in linear}
@@ -2032,7 +2068,7 @@ def find_checkpoint(args: Namespace, settings: dict) -> Path | None:
             raise RunError(f"--resume_from_checkpoint: {folder} was written with {engine}, which is gone: {way}")
         pairs = {name: (content["settings"].get(name, value), value) for name, value in settings.items()}
         changed = {name: f"{name} was {old}, is {new}" for name, (old, new) in pairs.items() if old != new}
-        fixed = {"rank", "lora_targets", "optimizer", "use_8bit_adam", "engine"}
+        fixed = {"rank", "lora_targets", "lora_blocks", "optimizer", "use_8bit_adam", "engine"}
         if settings["engine"] != "replicated":  # it writes a file of the optimizer for each process
             fixed.add("num_processes")
         if refused := [changed[name] for name in sorted(fixed & changed.keys())]:
@@ -2461,7 +2497,7 @@ def main(args: Namespace) -> None:
     set_seed(seed)  # the LoRA starts the same in all processes
     with shared_work():  # a slow disk of one process does not end the others' first collective
         transformer = load_transformer(args, DTYPES[accelerator.mixed_precision])
-        lora = add_lora(transformer, args.rank, args.lora_alpha, args.lora_target_modules)
+        lora = add_lora(transformer, args.rank, args.lora_alpha, args.lora_target_modules, args.lora_blocks)
         if args.init_lora:
             load_lora(transformer, open_lora(args.init_lora)[0])
         noise_scheduler = CogVideoXDPMScheduler.from_pretrained(**pretrained_source(args, "scheduler"))

@@ -270,6 +270,83 @@ def test_resuming_with_other_layers_is_refused(script, run):
         run(lora_target_modules=["to_q", "to_k"], resume_from_checkpoint="latest")
 
 
+# ---- blocks ---------------------------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_a_lora_of_some_blocks_is_saved_and_loaded_by_the_pipeline(script, run, model):
+    output = run(lora_blocks="1-1", lora_target_modules=["to_q", "ff.net.2"], learning_rate=1e-2)
+    weights = load_file(output / script.LORA_FILE)
+    names = {f"transformer_blocks.1.{layer}" for layer in ("attn1.to_q", "ff.net.2")}
+    assert {name.removeprefix("transformer.").split(".lora_")[0] for name in weights} == names
+    assert len(weights) == 2 * 2 and all(tensor.abs().sum() > 0 for tensor in weights.values())
+    with safe_open(output / script.LORA_FILE, framework="pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert metadata["transformer.layers_to_transform"] == [1]
+    # peft 0.20 and older find no block of a model by "transformer_blocks" and a number: the layers' full names are there.
+    assert metadata["transformer.target_modules"] == sorted(names)
+    pipe = DiffusionPipeline.from_pretrained(model)
+    pipe.load_lora_weights(output)
+    trained = {n: p for n, p in pipe.transformer.named_parameters() if "lora_" in n}
+    loaded = {f"transformer.{n.replace('.default_0', '')}": tensor for n, tensor in trained.items()}
+    assert loaded.keys() == weights.keys() and all(torch.equal(loaded[n], weights[n]) for n in weights)
+
+
+def test_gradients_of_some_blocks_are_those_of_all(script, flags, model):
+    """With a LoRA in the other blocks that does nothing, and without one."""
+    args = script.get_args(flags(gradient_checkpointing=True))
+    found = []
+    for blocks in (None, "1-1"):
+        transformer = script.load_transformer(args, torch.float32)
+        script.add_lora(transformer, 4, 4, blocks=blocks)
+        parameters = script.lora_parameters(transformer)
+        for name, parameter in parameters.items():
+            generator = torch.Generator().manual_seed(len(name) + 100 * ("lora_B" in name))
+            if "blocks.1." in name:
+                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+        torch.manual_seed(0)
+        latents, config = torch.randn(1, 3, 4, 8, 12), transformer.config
+        embeds = torch.randn(1, config.max_text_seq_length, config.text_embed_dim)
+        rotary = script.rotary_for(config, script.read_config(args, "vae")[0], latents)
+        result = transformer(latents, embeds, torch.tensor([500]), image_rotary_emb=rotary, return_dict=False)[0]
+        result.square().sum().backward()
+        found.append({name: parameter.grad for name, parameter in parameters.items() if "blocks.1." in name})
+    everywhere, late = found
+    assert everywhere.keys() == late.keys() == parameters.keys() and len(late) == 8
+    assert all(late[name].any() and torch.equal(late[name], everywhere[name]) for name in late)
+
+
+def test_blocks_are_read_from_a_lora_and_stay_on_resume(script, run, flags, capsys):
+    output = run(lora_blocks="1-1", learning_rate=1e-2)
+    weights = load_file(output / script.LORA_FILE)
+    own = {"rank": None, "lora_alpha": None}
+    assert script.get_args(flags(init_lora=output, **own)).lora_blocks == "1-1"
+    continued = run(init_lora=output, **own, learning_rate=1e-12, max_train_steps=1)
+    assert load_file(continued / script.LORA_FILE).keys() == weights.keys()
+    with pytest.raises(SystemExit):
+        script.get_args(flags(init_lora=output, lora_blocks="0-1", **own))
+    assert "--lora_blocks is 0-1, but 1-1 in --init_lora" in capsys.readouterr().err
+    with pytest.raises(script.RunError, match="lora_blocks was 1-1, is None"):
+        run(output_dir=output, resume_from_checkpoint="latest")
+    resumed = run(output_dir=output, lora_blocks="01-1", resume_from_checkpoint="latest", max_train_steps=3)
+    assert [row["step"] for row in read_metrics(resumed)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("text", ["1", "2-1", "a-b", "-1-1", "1-"])
+def test_blocks_that_are_no_range_are_refused(script, flags, capsys, text):
+    with pytest.raises(SystemExit):
+        script.get_args([*flags(), f"--lora_blocks={text}"])
+    assert f"--lora_blocks must be the first and the last block, such as 21-41, not {text}" in capsys.readouterr().err
+
+
+def test_blocks_that_the_model_does_not_have_are_refused(script, run):
+    with pytest.raises(script.RunError, match=r"--lora_blocks 1-2: .* has the blocks 0-1") as error:
+        run(lora_blocks="1-2")
+    assert error.value.exit_code == 2
+    with pytest.raises(script.RunError, match="no layer proj_out"):  # it is in no block
+        run(lora_blocks="1-1", lora_target_modules=["to_q", "proj_out"])
+
+
 def test_rows_of_the_training_are_as_before(run):
     names = {"step", "loss", "lr", "grad_norm", "seconds", "memory"}
     assert [row.keys() for row in read_metrics(run())] == [names] * 2

@@ -38,7 +38,7 @@ def two_steps(script, model, between=None, **changes) -> list[torch.Tensor]:
     args = script.get_args(["--pretrained_model_name_or_path", str(model)])
     vars(args).update(gradient_checkpointing=True, **changes)
     transformer = script.load_transformer(args, torch.float32)
-    lora = script.add_lora(transformer, 8, 12)
+    lora = script.add_lora(transformer, 8, 12, blocks=args.lora_blocks)
     generator = torch.Generator().manual_seed(0)
     for parameter in lora:
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
@@ -84,6 +84,7 @@ LEVERS = {
     "attention kept": {"checkpoint_policy": "attention"},
     "activations offloaded": {"offload_activations": True},
     "both": {"checkpoint_policy": "attention", "offload_activations": True},
+    "blocks without a LoRA": {"lora_blocks": "2-3"},
 }
 
 
@@ -191,7 +192,7 @@ def test_copies_that_come_as_late_as_they_may_change_nothing(script, five_blocks
     found = two_steps(script, five_blocks, between, offload_base=True, **levers)
     assert all(map(torch.equal, found, expected))
     if between is None:  # a step: 5 blocks up, 3 down, as the last two are there; the second one finds the first two
-        assert copies.number == 5 + 3 + 3 + 3
+        assert copies.number == (5 + 2 + 4 + 2 if "lora_blocks" in levers else 5 + 3 + 3 + 3)
 
 
 def test_weights_that_were_moved_are_noticed(script, five_blocks):

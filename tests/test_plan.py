@@ -58,6 +58,20 @@ def test_blocks_add_up():
         assert found[counted] == pytest.approx(getattr(cost, counted), rel=1e-3), counted
 
 
+def test_blocks_before_the_first_lora_cost_a_forward_pass_alone():
+    """1,250 TFLOP a step of the 5B become 790 with the LoRA in its last half, and 6.2 GiB of activations 4.2."""
+    six, three = (published_cost("5b", num_layers, rank=64) for num_layers in (6, 3))
+    plain = published_cost("5b", 6, rank=64, gradient_checkpointing=False)
+    late = published_cost("5b", 6, rank=64, lora_blocks="3-5")
+    forward = (six.flop - plain.flop) / 2  # of three blocks: recomputation is a second forward pass
+    assert late.flop == pytest.approx(three.flop + forward, rel=0.01)
+    assert late.flop < 0.65 * six.flop
+    assert late.parts["LoRA"] == three.parts["LoRA"] == six.parts["LoRA"] / 2
+    assert late.parts["activations"] == pytest.approx(three.parts["activations"], rel=0.01)
+    copied = [published_cost("5b", 6, rank=64, offload_base=True, lora_blocks=b).copied for b in ("0-5", "3-5")]
+    assert copied[1] == pytest.approx(0.8 * copied[0], rel=1e-3)  # 6 + 2 blocks in place of 6 + 4
+
+
 LEVERS = {
     "plain": {},
     "recomputed": {"gradient_checkpointing": True},

@@ -221,7 +221,7 @@ def training_cost(
             stack.enter_context(without_weights(transformer_config))
             stack.enter_context(without_host(script, counter.cost))
         transformer = script.load_transformer(args, dtype)
-        lora = script.add_lora(transformer, args.rank, args.lora_alpha, args.lora_target_modules)
+        lora = script.add_lora(transformer, args.rank, args.lora_alpha, args.lora_target_modules, args.lora_blocks)
         num_parameters = sum(parameter.numel() for parameter in lora)
         script.place_transformer(args, transformer, torch.device(device))
         tensors = dict(itertools.chain(transformer.named_parameters(), transformer.named_buffers()))
