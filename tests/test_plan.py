@@ -139,24 +139,45 @@ def test_what_does_not_fit_is_said_with_the_flags_that_help(script, flags, monke
     assert "a training step: does not fit (t4" in said and "What fits: --train_batch_size 1 (a training" in said
     monkeypatch.setitem(plan.GPUS, "t4", (plan.CUDA_CONTEXT, *plan.GPUS["t4"][1:]))
     plan.main(words)
-    assert "No flags make it fit; with --train_batch_size 1 " in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("No flags make it fit; with --") and " --train_batch_size 1 " in said
+
+
+def costs_by_flags(args) -> dict:
+    """Sampling gains nothing from a smaller batch, and is offloaded only with recomputation."""
+    training = 3 + args.train_batch_size - args.gradient_checkpointing + (args.checkpoint_policy == "attention")
+    training -= 2 * (args.quantize_base == "nf4")
+    sampling = 8 - 3 * args.offload_base - 2 * args.offload_activations
+    pinned = 10.5 * args.offload_base
+    return {
+        "a training step": plan.Cost(training * 2**30, int(pinned * 2**30)), "sampling a video": plan.Cost(sampling * 2**30)
+    }  # fmt: skip
 
 
 def test_advice_has_the_flags_that_help_the_stages_that_do_not_fit(script, flags):
-    """Sampling gains nothing from a smaller batch, and is offloaded only with recomputation."""
-
-    def costs_of(args) -> dict:
-        training = 3 + args.train_batch_size - args.gradient_checkpointing
-        sampling = 9 - 3 * args.offload_base - 2 * args.offload_activations
-        return {"a training step": plan.Cost(training * 2**30), "sampling a video": plan.Cost(sampling * 2**30)}
-
     args = script.get_args(flags(train_batch_size=2))
-    said = plan.what_fits(args, script.memory_flags(args), costs_of, 6 * 2**30)
-    wanted = "--gradient_checkpointing --offload_base"
-    assert said == f"What fits: {wanted} (a training step 4.0 GiB, sampling a video 6.0 GiB)"
-    said = plan.what_fits(args, script.memory_flags(args), costs_of, 5 * 2**30)
-    assert f"{wanted} --offload_activations (" in said
-    assert plan.what_fits(args, script.memory_flags(args), costs_of, 2**30).startswith("No flags make it fit; with ")
+    said = plan.what_fits(script, args, costs_by_flags, 6 * 2**30)
+    peaks = "a training step 5.0 GiB, sampling a video 5.0 GiB; 10.5 GiB of pinned host memory for each process"
+    assert said == f"What fits: --gradient_checkpointing --checkpoint_policy attention --offload_base ({peaks})"
+    said = plan.what_fits(script, args, costs_by_flags, 3.5 * 2**30)  # no room for what attention would keep
+    assert said.startswith("What fits: --gradient_checkpointing --offload_base --offload_activations --train_batch_size 1 (")
+    assert plan.what_fits(script, args, costs_by_flags, 2**30).startswith("No flags make it fit; with ")
+
+
+def test_an_exact_flag_comes_before_one_that_is_not(script, flags):
+    """And no flags are advised that the script refuses together."""
+    said = plan.what_fits(script, script.get_args(flags(train_batch_size=2)), costs_by_flags, 2.5 * 2**30)
+    assert "--offload_base --offload_activations" in said and "nf4" not in said
+    said = plan.what_fits(script, script.get_args(flags(train_batch_size=1, compile=True)), costs_by_flags, 2**30)
+    assert "--quantize_base nf4" in said and "--offload_base" not in said
+
+
+def test_pinned_host_memory_is_counted_as_torch_rounds_it(script):
+    """A buffer a block, and what recomputation starts from: 10.5 and 5.6 GiB for the 5B."""
+    assert [plan.pinned_size(n) for n in (0, 1, 4096, 4097)] == [0, 1, 4096, 8192]
+    for flag, expected in (("offload_base", 10.5), ("offload_activations", 5.59)):
+        two, four = (published_cost("5b", layers, rank=64, **{flag: True}).pinned for layers in (2, 4))
+        assert (two + (four - two) / 2 * 40) / 2**30 == pytest.approx(expected, abs=0.01)
 
 
 @pytest.mark.parametrize("changes", [{}, {"quantize_base": "nf4", "rank": 32}])

@@ -1,4 +1,5 @@
-"""What a run needs, before it is paid for: clips, steps, disk, and memory, arithmetic and time of each stage.
+"""What a run needs, before it is paid for: clips, steps, disk, and memory, arithmetic and time of each stage. With
+--gpu it says which flags make the run fit, exact ones before the one that is not, and which make it faster then.
 
     python tools/plan.py train_cogvideox_lora.py [the flags of the run] [--gpu 4090] [--num_processes 8] [--json]
 
@@ -51,10 +52,11 @@ HOST_LINK = 24e9  # bytes a second from pinned host memory, over PCIe 4.0 with 1
 
 @dataclasses.dataclass
 class Cost:
-    """Of a stage: bytes alive at its peak (also by part), bytes moved, of which by casts and by matrix products, bytes
-    copied from the host by --offload_base, and operations."""
+    """Of a stage: bytes alive at its peak (also by part), bytes of pinned host memory, bytes moved, of which by casts
+    and by matrix products, bytes copied from the host by --offload_base, and operations."""
 
     peak: int = 0
+    pinned: int = 0
     traffic: int = 0
     casts: int = 0
     matrix_traffic: int = 0
@@ -150,17 +152,32 @@ def flash_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=
 SDPA = F.scaled_dot_product_attention
 
 
+def pinned_size(nbytes: int) -> int:
+    """Return the bytes that torch pins for a tensor: the next power of two."""
+    return 1 << (nbytes - 1).bit_length() if nbytes else 0
+
+
 @contextlib.contextmanager
 def without_host(script: ModuleType, cost: Cost) -> Iterator[None]:
     """The script copies nothing to or from host memory. Of weights, the bytes are counted. Of what a forward pass
     saves, shape and dtype are kept."""
+    host_memory = script.host_memory
+
+    def pin(size, dtype, device, is_pinned=True):
+        if is_pinned:
+            cost.pinned += pinned_size(math.prod(size) * dtype.itemsize)
+        return host_memory(size, dtype, device, is_pinned)
+
+    def save(tensor):
+        cost.pinned += pinned_size(tensor.nbytes)
+        return as_like(tensor)
 
     def transfer(_blocks, _slot, buffer):
         cost.copied += len(buffer)
 
     with (
         mock.patch.object(script.HostBlocks, "transfer", transfer),
-        mock.patch.multiple(script, to_host=as_like, to_device=from_like),
+        mock.patch.multiple(script, host_memory=pin, to_host=save, to_device=from_like),
     ):
         yield
 
@@ -391,25 +408,36 @@ def training_costs(
     return costs, sum(parameter.numel() for parameter in script.lora_parameters(transformer).values())
 
 
-def what_fits(args: Namespace, flags: list[tuple[str, object]], costs_of: Callable, limit: float) -> str:
-    """Those of `flags`, the cheapest first, with which each of the costs of `costs_of(args)` is at most `limit`."""
-    changed, given, costs = args, {}, costs_of(args)
-    for name, value in flags:
+def what_fits(script: ModuleType, args: Namespace, costs_of: Callable, limit: float) -> str:
+    """Say which flags, the cheapest first, make each of the costs of `costs_of(args)` at most `limit`. Where there is
+    room, attention is kept, which leaves less to compute."""
+    changed, costs = args, costs_of(args)
+    for name, value in script.memory_flags(args):
         needed = {"gradient_checkpointing": True} if name in ("offload_base", "offload_activations") else {}
-        if name == "quantize_base" and changed.offload_base:
-            continue  # it is that or the other
         tried = Namespace(**vars(changed) | needed | {name: value})
+        try:
+            script.check_args(tried)
+        except script.RunError:
+            continue  # the flag does not go with those before it
         less = costs_of(tried)
         if any(less[stage].peak < cost.peak for stage, cost in costs.items() if cost.peak > limit):
-            given |= {flag: set_to for flag, set_to in needed.items() if not getattr(args, flag)} | {name: value}
             changed, costs = tried, less
         if all(cost.peak <= limit for cost in costs.values()):
             break
+    is_enough = all(cost.peak <= limit for cost in costs.values())
+    if is_enough and changed.gradient_checkpointing:
+        faster = Namespace(**vars(changed) | {"checkpoint_policy": "attention"})
+        more = costs_of(faster)
+        if all(cost.peak <= limit for cost in more.values()):
+            changed, costs = faster, more
+    given = {name: value for name, value in vars(changed).items() if value != getattr(args, name)}
     words = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in given.items())
     peaks = ", ".join(f"{stage} {cost.peak / GIB:.1f} GiB" for stage, cost in costs.items())
-    if all(cost.peak <= limit for cost in costs.values()):
-        return f"What fits: {words} ({peaks})"
-    return f"No flags make it fit; with {words}: {peaks}. Take fewer or smaller frames."
+    if not is_enough:
+        return f"No flags make it fit; with {words}: {peaks}. Take fewer or smaller frames."
+    pinned = costs["a training step"].pinned
+    memory = f"; {pinned / GIB:.1f} GiB of pinned host memory for each process" if pinned else ""
+    return f"What fits: {words} ({peaks}{memory})"
 
 
 def plan(script: ModuleType, args: Namespace, num_processes: int = 1, gpu: str | None = None) -> dict:
@@ -439,6 +467,7 @@ def plan(script: ModuleType, args: Namespace, num_processes: int = 1, gpu: str |
         "steps an epoch": steps_an_epoch,
         "steps": args.max_train_steps or args.num_train_epochs * steps_an_epoch,
         "trained parameters": num_parameters,
+        "pinned host memory": trained_costs["a training step"].pinned,
         "disk for encoded clips": sum(sizes) + prompt * len({dataset.prompt(i) for i in range(len(dataset))} | {""}),
         "stages": {stage: dataclasses.asdict(cost) for stage, cost in costs.items()},
         "seconds": {name: {stage: cost.seconds(name) for stage, cost in costs.items()} for name in GPUS},
@@ -447,7 +476,7 @@ def plan(script: ModuleType, args: Namespace, num_processes: int = 1, gpu: str |
         found["fit"] = {stage: cost.peak / GIB <= limit for stage, cost in costs.items()}
         if not all(found["fit"][stage] for stage in trained_costs):
             costs_of = lambda args: training_costs(script, args, configs, largest, dtype, limit * GIB)[0]  # noqa: E731
-            found["advice"] = what_fits(args, script.memory_flags(args), costs_of, limit * GIB)
+            found["advice"] = what_fits(script, args, costs_of, limit * GIB)
     return found
 
 
@@ -457,6 +486,8 @@ def report(found: dict, gpu: str | None) -> str:
     lines = [f"clips      {clips}", f"steps      {found['steps']} ({found['steps an epoch']} an epoch)"]
     lines.append(f"LoRA       {found['trained parameters']:,} parameters")
     lines.append(f"disk       {found['disk for encoded clips'] / GIB:.2f} GiB for encoded clips and prompts")
+    if found["pinned host memory"]:
+        lines.append(f"host       {found['pinned host memory'] / GIB:.1f} GiB of pinned memory for each process")
     shown = [gpu] if gpu else list(GPUS)
     lines.append(f"\n{'':19}{'peak, GiB':>10}{'TFLOP':>9}{'GiB moved':>11}   seconds on {', '.join(shown)}")
     for stage, cost in found["stages"].items():
