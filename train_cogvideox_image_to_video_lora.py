@@ -369,8 +369,8 @@ def layer_names(names) -> list[str]:
 
 @functools.cache
 def open_lora(source: str) -> tuple[Path, dict]:
-    """The file of an existing LoRA, and its rank, alpha, layers and blocks by the flags' names. Without metadata, it is
-    one of strength 1 for all blocks. Raises RunError."""
+    """The file of an existing LoRA, and its rank, alpha, layers and blocks by the flags' names. Without metadata, it
+    is one of strength 1 for all blocks. Raises RunError."""
     path = Path(source, LORA_FILE) if Path(source).is_dir() else Path(source)
     with explain(f"--init_lora {source} is no LoRA in diffusers' format: a file, a folder or a Hub id"):
         if not path.is_file():
