@@ -1754,7 +1754,7 @@ def precompute_videos(
         vae = load_vae(args, dtype).to(accelerator.device)
         vae.use_tiling = tiling
         if tiling != args.enable_tiling:
-            logger.info("Whole frames would take more than the card has: clips are encoded as with --enable_tiling")
+            logger.info("Clips are encoded in tiles, as with --enable_tiling: whole frames take more memory")
     videos = decode_videos(dataset, share, dtype, max(1, args.dataloader_num_workers))
     bad = {}
     with shared_work():

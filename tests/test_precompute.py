@@ -245,7 +245,7 @@ def test_clips_are_encoded_in_tiles_where_memory_is_short(script, rerun, monkeyp
     monkeypatch.setattr(script, "free_memory", lambda _device: 2**40)
     monkeypatch.setattr(script, "device_memory", lambda _device: script.OTHER_MEMORY + 2**28)
     rerun()
-    assert "Whole frames would take more than the card has: clips are encoded as with --enable_tiling" in caplog.text
+    assert "Clips are encoded in tiles, as with --enable_tiling" in caplog.text
     monkeypatch.setattr(script, "device_memory", lambda _device: script.OTHER_MEMORY + 2**29)
     monkeypatch.setattr(script, "free_memory", lambda _device: 2**20)
     encoded = []
