@@ -36,14 +36,17 @@ Checkpoints · Validation and publishing · Training
 # dependencies = [
 #     "torch>=2.11.0", "torchvision>=0.26.0", "diffusers>=0.40.0", "transformers>=5.5.0", "accelerate>=1.13.0",
 #     "peft>=0.19.0", "huggingface_hub>=1.23.0", "safetensors>=0.8.0", "numpy>=2.1.3", "pillow>=11.3.0",
-#     "tqdm>=4.67.1", "decord>=0.6.0", "sentencepiece>=0.2.1", "protobuf>=6.33.0", "imageio>=2.37.0",
+#     "tqdm>=4.67.1", "av>=17.1.0", "decord>=0.6.0", "sentencepiece>=0.2.1", "protobuf>=6.33.0", "imageio>=2.37.0",
 #     "imageio-ffmpeg>=0.6.0", "datasets>=4.8.0", "bitsandbytes>=0.50.0", "prodigyopt>=1.1.2", "tensorboard>=2.20.0",
 #     "wandb>=0.25.0",
 # ]
 # ///
 
 import argparse
+import bisect
+import codecs
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import functools
@@ -69,13 +72,13 @@ import threading
 import time
 import warnings
 from argparse import Namespace
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 
 logger = logging.getLogger(__name__)
@@ -86,13 +89,18 @@ IMAGE_LOG_SIGMA = (-3.0, 0.5)  # I2V: mean and deviation of the log of the noise
 TRAINERS = {"text-to-video": "train_cogvideox_lora.py", "image-to-video": "train_cogvideox_image_to_video_lora.py"}
 LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 LORA_FILE = "pytorch_lora_weights.safetensors"
-VIDEO_TYPES, PICTURE_TYPES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif"}, {".png", ".jpg", ".jpeg", ".webp"}
+VIDEO_TYPES = set(
+    ".mp4 .mov .m4v .mkv .webm .avi .gif .wmv .flv .3gp .mpg .mpeg .ts .m2ts .mts .ogv .apng".split()
+)  # fmt: skip
+PICTURE_TYPES = set(".png .jpg .jpeg .jfif .webp .bmp .tif .tiff .avif".split())
+HEIC_TYPES = {".heic", ".heif", ".hif"}  # pictures that neither PIL nor FFmpeg reads as a person sees them
+CONVERT = "ffmpeg -i FILE -c:v libx264 -pix_fmt yuv420p clip.mp4 may make a clip of it"
 STATE_FILE = "training_state.json"  # the last file that is written into a checkpoint: with it, it is complete
-CACHE_FORMAT = 1  # raise it when the content of a precomputed file changes for the same key
+CACHE_FORMAT = 2  # raise it when the content of a precomputed file changes for the same key
+READER_FORMAT = 1  # raise it when VideoFile or open_picture gives other frames
 ENCODED_PIXEL, DECODED_PIXEL = 12_000, 25_000  # values that the VAE holds at its peak for each of a frame, untiled
 OTHER_MEMORY = 1.5 * 2**30  # bytes of a card that CUDA, the VAE's weights and a desktop may take
 SMALL_TILES = (144, 160)  # pixels; the overlaps of the VAE's tiles, 1/6 and 1/5 of them, must be whole latent pixels
-DECODE_SECONDS = 60  # after which a clip counts as one that cannot be decoded
 RESUME_HINT = "To continue, give the same command with --resume_from_checkpoint latest."
 OTHER_LOST = "another process of this run was lost"
 # What a resumed run takes from its checkpoint: the position in the data, and what was decided by the card's memory.
@@ -297,6 +305,8 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     add("--random_flip", action="store_true", help="horizontal flips: each clip is encoded both ways")
     add("--caption_dropout", type=PROBABILITY, default=0.0, help="probability of training a clip without its caption")
     add("--eval_split", type=COUNT_OR_ZERO, default=0, help="clips kept out of the training, whose loss is logged")
+    reader = "pyav: what a person sees; decord: the frames that the original scripts trained on"
+    add("--video_reader", choices=["pyav", "decord"], default="pyav", help=reader)
     workers = "processes that decode clips and read batches; 0: one process decodes"
     add("--dataloader_num_workers", type=COUNT_OR_ZERO, default=0, help=workers)
     add("--skip_bad_videos", action="store_true", help="train without the clips that cannot be decoded")
@@ -421,7 +431,7 @@ def get_args(argv: list[str] | None = None) -> Namespace:
 @functools.cache
 def open_image(path: str) -> Image.Image:  # I2V:
     """The image at a path or URL, in RGB. It is kept: what was opened at the start is what is sampled from later."""
-    return load_image(path)
+    return load_image(path, convert_method=upright_rgb)
 
 
 def validation_inputs(args: Namespace) -> list[dict]:  # I2V:
@@ -495,7 +505,7 @@ ARGS = get_args() if __name__ == "__main__" else None
 # bitsandbytes warns at import that a kernel for 4-bit models on CPUs is missing; 4-bit models are not used here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-import decord
+import av
 import diffusers
 import numpy as np
 import safetensors.torch
@@ -509,6 +519,8 @@ from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from accelerate.utils.dataclasses import AutocastKwargs
 from accelerate.utils.environment import parse_flag_from_env
 from accelerate.utils.memory import clear_device_cache
+from av.stream import Disposition
+from av.video.reformatter import ColorTrc
 from diffusers import (
     AutoencoderKLCogVideoX,
     CogVideoXDPMScheduler,
@@ -558,6 +570,14 @@ class VideoRecord(NamedTuple):
     path: str
     read_bytes: Callable[[], bytes] | None = None
 
+    def source(self) -> str | io.BytesIO:
+        """Return what the clip is read from."""
+        return self.path if self.read_bytes is None else io.BytesIO(self.read_bytes())
+
+    def content_hash(self) -> str:
+        """Return what tells one clip from another, wherever it is."""
+        return content_hash(self.source())
+
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file, stripped, without the blank ones at its end. Raises RunError for a blank line in the
@@ -574,10 +594,19 @@ def read_captions_beside(root: Path, missing_file: str) -> list[VideoRecord]:
     """Records of all clips and pictures below `root`, by path; the caption of x.mp4 is the text of x.txt, as one line.
     Raises RunError with each clip that has no caption, and each text that has no clip."""
     files = [path for path in sorted(root.rglob("*")) if "/." not in f"/{path.relative_to(root)}"]  # none is hidden
-    clips = {path: path.with_suffix(".txt") for path in files if path.suffix.lower() in VIDEO_TYPES | PICTURE_TYPES}
     with explain(f"a caption in {root} cannot be read as UTF-8 text", (OSError, UnicodeDecodeError)):
-        texts = {path: " ".join(path.read_text("utf-8-sig").split()) for path in files if path.suffix == ".txt"}
-    alone = [f"{clip}: it has no caption" for clip, text in clips.items() if not texts.get(text)]
+        text_files = [path for path in files if path.suffix.lower() == ".txt"]
+        texts = {path: " ".join(path.read_text("utf-8-sig").split()) for path in text_files}
+    caption_files = {path.with_suffix(""): path for path in texts}
+    clips, alone = {}, []
+    for path in files:
+        if path.suffix.lower() in VIDEO_TYPES | PICTURE_TYPES | HEIC_TYPES:
+            text = caption_files.get(path.with_suffix(""))
+            if not texts.get(text):
+                alone.append(f"{path}: it has no caption")
+            elif text in clips.values():
+                alone.append(f"{path}: {text.name} is the caption of another clip, too")
+            clips[path] = text
     alone += [f"{text}: it has no clip" for text in sorted(texts.keys() - set(clips.values()))]
     if alone or not clips:
         layout = f"{root} has no file {missing_file}, and is no folder of clips with a .txt file beside each"
@@ -607,14 +636,16 @@ def read_dataset(
         root = dataset_name if Path(dataset_name).is_dir() else Path(dataset_name).parent
     records = []
     for row, (caption, video) in enumerate(zip(table[caption_column], table[video_column], strict=True)):
-        if not str(caption or "").strip():
-            raise RunError(f"--caption_column: {dataset_name} has no caption in row {row}")
+        if not isinstance(caption, str) or not caption.strip():
+            raise RunError(f"--caption_column: {dataset_name} has {caption!r} in row {row}, and no text")
+        if not video:
+            raise RunError(f"--video_column: {dataset_name} has no video in row {row}")
         video = video if isinstance(video, dict) else {"path": str(video)}
         path, read_bytes = str(Path(root or "") / video["path"]), None
         if video.get("bytes") is not None:
             path = f"row {row} of {dataset_name} ({video['path']})"
             read_bytes = lambda row=row: table[row][video_column]["bytes"]  # noqa: E731
-        records.append(VideoRecord(str(caption).strip(), path, read_bytes))
+        records.append(VideoRecord(caption.strip(), path, read_bytes))
     return records
 
 
@@ -625,11 +656,12 @@ def frames_4k_plus_1(count: int) -> int:
 
 def select_frames(
     num_frames: int, max_num_frames: int, skip_frames_start: int = 0, skip_frames_end: int = 0,
-    frame_sampling: str = "stride", rates: tuple[float, float] = (8.0, 8.0),
-) -> list[int]:
+    frame_sampling: str = "stride", times: list[float] | None = None, fps: float = 8,
+) -> list[int]:  # fmt: skip
     """Which frames of a clip of `num_frames` are trained on: ascending indices, 4k+1 of them. stride: every n-th
-    frame, n as large as leaves max_num_frames of them; uniform: spread evenly from the first to the last; fps: the
-    clip brought from its own rate to --fps (`rates`), then the first max_num_frames."""
+    frame, n as large as leaves max_num_frames of them; uniform: spread evenly from the first to the last; fps: those
+    shown at the first one's time + i / fps, at most max_num_frames. `times` [num_frames + 1] are seconds: when each
+    frame is shown, and when the last one ends."""
     first = min(skip_frames_start, num_frames - 1)
     end = max(num_frames - skip_frames_end, first + 1)  # all skipped: the first one alone
     available = end - first
@@ -637,9 +669,9 @@ def select_frames(
         count = frames_4k_plus_1(min(max_num_frames, available))
         return [first + round(i * (available - 1) / max(count - 1, 1)) for i in range(count)]
     if frame_sampling == "fps":
-        source_fps, fps = rates
-        count = min(max_num_frames, max(1, math.floor(available / source_fps * fps + 1e-6)))  # 24 / 30 * 10 is 8
-        indices = [min(first + math.floor(i * source_fps / fps + 1e-6), end - 1) for i in range(count)]
+        count = min(max_num_frames, max(1, math.floor((times[end] - times[first]) * fps + 1e-6)))  # 24 / 30 * 10 is 8
+        wanted = [times[first] + i / fps + 1e-6 for i in range(count)]
+        indices = [min(bisect.bisect_right(times, time) - 1, end - 1) for time in wanted]
     else:
         indices = list(range(first, end, max(1, available // max_num_frames)))[:max_num_frames]
     return indices[: frames_4k_plus_1(len(indices))]
@@ -677,23 +709,371 @@ def choose_bucket(buckets: list[tuple[int, int, int]], num_frames: int, height: 
     return max((b for b in nearest if b[0] <= num_frames), default=min(nearest))
 
 
-def open_clip(record: VideoRecord) -> tuple[int, float, Callable]:
-    """The number of frames, their rate, and a function from indices to frames, uint8 [F, H0, W0, C]. A picture is a
-    clip of one frame, upright, on white where it is transparent. Raises whatever decord and PIL do."""
-    source = io.BytesIO(record.read_bytes()) if record.read_bytes else record.path
-    if Path(record.path.rstrip(")")).suffix.lower() in PICTURE_TYPES:
-        picture = ImageOps.exif_transpose(Image.open(source)).convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-        return 1, 1.0, lambda _indices: np.array(picture)[None]
+def start_and_end(source: str | io.BytesIO) -> tuple[int, bytes, bytes]:
+    """Return the size of a file, or of bytes in memory, with its first MiB and its last one."""
+    with contextlib.nullcontext(source) if isinstance(source, io.BytesIO) else open(source, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        start = file.read(2**20)
+        file.seek(max(0, size - 2**20))
+        return size, start, file.read(2**20)
+
+
+def content_hash(source: str | io.BytesIO) -> str:
+    """Return a hash of the size of a file, of its first MiB and of its last one."""
+    size, start, end = start_and_end(source)
+    return hashlib.sha256(b"%d " % size + start + end).hexdigest()
+
+
+def what_it_is(source: str | io.BytesIO) -> str:
+    """Say by its content what a file is that cannot be read, and what to do about it."""
+    size, start, _ = start_and_end(source)
+    if size == 0:
+        return "it is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a git-lfs pointer in place of the file: run git lfs pull"
+    if start[4:8] == b"ftyp":
+        if start[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
+            return "it is a HEIC picture, which cannot be read: magick FILE picture.jpg converts it"
+        return "it has no index (moov): it is truncated, or its recording was interrupted"
+    if re.match(rb"\s*<(!doctype|html)", start, re.IGNORECASE):
+        return "it is a web page (HTML) and no video: download the file itself"
+    with contextlib.suppress(UnicodeDecodeError):
+        if "\0" not in codecs.getincrementaldecoder("utf-8")().decode(start):
+            return "it is text and no video"
+    return f"it is no video or picture that can be read; {CONVERT}"
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Return a picture of any mode as RGB: upright, and on white where it is transparent."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits of grey, which `convert` would clip to 8
+        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+@dataclasses.dataclass
+class Clip:
+    """A video, upright and with square pixels; a picture is a video of one frame.
+
+    `times` [n + 1] are seconds: when each frame is shown, and when the last one ends. `size` is H0, W0. `read` takes
+    indices of frames and returns the frames, uint8 [n, H0, W0, C]. `notes` say what was converted.
+    """
+
+    times: list[float]
+    size: tuple[int, int]
+    read: Callable[[list[int]], np.ndarray]
+    notes: list[str]
+
+
+def open_picture(source: str | io.BytesIO) -> Clip:
+    """Open a picture, or an animated one (WebP, PNG, AVIF). Raises ValueError."""
+    try:
+        image = Image.open(source)
+    except UnidentifiedImageError as error:
+        raise ValueError(what_it_is(source)) from error
+    is_animated = image.format in ("WEBP", "PNG", "AVIF") and image.is_animated
+    first = 1 if is_animated and image.info.get("default_image") else 0  # it is for those who cannot show the others
+    times = [0.0]
+    for index in range(first, image.n_frames if is_animated else 1):
+        image.seek(index)
+        image.load()
+        times.append(times[-1] + (image.info.get("duration") or 100) / 1000)
+
+    def read(indices: list[int]) -> np.ndarray:
+        frames = {}
+        with Image.open(source) as image:  # opened again: PIL cannot go back in every animated PNG
+            for index in sorted(set(indices)):
+                image.seek(first + index)
+                frames[index] = np.asarray(upright_rgb(image))
+        return np.stack([frames[index] for index in indices])
+
+    return Clip(times, read([0]).shape[1:3], read, ["animated picture"] if is_animated else [])
+
+
+class TimesDiffer(Exception):
+    """The decoder gives frames at other times than their container tells."""
+
+
+class VideoFile:
+    """A video file, read by PyAV. Raises ValueError with what is wrong with the file.
+
+    One pass over the packets tells the time of each frame. To read a frame, decoding starts at the last keyframe
+    before it, and a frame of exactly that time must come: else TimesDiffer is raised. Where the container's times
+    cannot be trusted, and where a video is interlaced, all frames are decoded in order, once to count them and once to
+    take those that are wanted.
+    """
+
+    def __init__(self, source: str | io.BytesIO, is_in_order: bool = False):
+        self.source = source
+        self.is_interlaced = False
+        self.size = None  # H0, W0
+        self.graphs = {}  # that convert frames, by their layout
+        self.open()
+        self.formats = set(self.container.format.name.split(","))
+        self.scan()
+        self.open()
+        first = next(self.frames, None)
+        if first is None:
+            raise ValueError("it has no frames that can be decoded")
+        self.is_interlaced = first.interlaced_frame
+        is_trusted = self.keyframes and self.formats & {"mov", "matroska", "gif"} and not self.is_interlaced
+        self.is_in_order = is_in_order or not is_trusted
+        if self.is_in_order:
+            self.open()
+            self.count()
+            self.open()
+        self.size = self.convert(first).shape[:2]
+        kinds = {
+            "HDR": self.is_hdr(first),
+            "interlaced": self.is_interlaced,
+            "pixels that are not square": self.pixel_aspect() != 1,
+        }
+        self.notes = [kind for kind, is_so in kinds.items() if is_so]
+
+    def open(self) -> None:
+        """Open the file at its start."""
+        av.logging.set_level(None)  # FFmpeg's own lines are about odd but readable files
+        if isinstance(self.source, io.BytesIO):
+            self.source.seek(0)
+        try:
+            self.container = av.open(self.source, metadata_errors="ignore")
+        except (av.error.InvalidDataError, av.error.EOFError) as error:
+            raise ValueError(what_it_is(self.source)) from error
+        self.stream = self.container.streams.best("video")
+        if self.stream is None or Disposition.attached_pic in self.stream.disposition:  # the cover of a song
+            raise ValueError("it has no video stream")
+        if self.stream.codec_context is None:
+            raise ValueError(f"there is no decoder for its video stream; {CONVERT}")
+        self.stream.thread_type = "AUTO"
+        self.frames = self.decode()
+        self.number, self.time = -1, -math.inf  # of the frame that `find` decoded last
+        if self.is_interlaced:
+            self.frames = self.deinterlaced(self.frames)
+
+    def packets(self, *streams: av.stream.Stream) -> Iterator[av.Packet]:
+        """Yield the packets of these streams, or of all."""
+        try:
+            yield from self.container.demux(*streams)
+        except av.error.FFmpegError:
+            pass  # the rest cannot be read: `scan` compares what can with the duration
+
+    def scan(self) -> None:
+        """Read the times of all frames and of the keyframes, in units of the stream, from the packets."""
+        self.pts, self.keyframes, self.end = [], [], 0
+        readable = 0.0  # seconds, of any stream
+        for packet in self.packets():
+            if packet.pts is None:
+                continue
+            end = packet.pts + (packet.duration or 0)
+            readable = max(readable, float(end * packet.time_base))
+            if packet.stream_index != self.stream.index:
+                continue
+            if packet.is_keyframe:
+                self.keyframes.append((packet.pts, packet.dts))
+            if not packet.is_discard:  # else an edit list leaves it out
+                self.pts.append(packet.pts)
+                self.end = max(self.end, end)
+        self.pts.sort()
+        self.keyframes.sort()
+        if len(set(self.pts)) < len(self.pts):
+            self.keyframes = []  # such times cannot be trusted
+        if self.container.duration and self.formats & {"mov", "matroska", "avi", "asf"}:  # others estimate it
+            duration = self.container.duration / av.time_base
+            readable -= (self.container.start_time or 0) / av.time_base
+            if readable < 0.95 * duration - 0.5:
+                raise ValueError(f"it is truncated: {readable:.1f} of {duration:.1f} s can be read")
+
+    def decode(self, start: int | None = None) -> Iterator[av.VideoFrame]:
+        """Yield the frames from here on, not those before the time `start`. What is damaged at the beginning or at the
+        end, as where a broadcast was cut, is left out. Raises ValueError for damage in the middle."""
+        damaged, has_begun = None, False
+        for packet in self.packets(self.stream):
+            frames = []
+            try:
+                frames = packet.decode()
+            except av.error.FFmpegError:
+                damaged = packet.pts or packet.dts or 0
+            for frame in frames:
+                if start is not None and frame.pts is not None and frame.pts < start:
+                    continue  # it refers to frames before the keyframe
+                if frame.is_corrupt:
+                    damaged = frame.pts or packet.dts or 0
+                    continue
+                if has_begun and damaged is not None:
+                    seconds = float((damaged - (self.stream.start_time or 0)) * self.stream.time_base)
+                    raise ValueError(f"it is damaged at {seconds:.1f} s")
+                damaged, has_begun = None, True
+                yield frame
+
+    def count(self) -> None:
+        """Find the times of all frames by decoding them. Where they have none that ascend, as in .avi, they are shown
+        at the stream's rate."""
+        unit, times = self.stream.time_base, []
+        for frame in self.frames:
+            times.append(None if frame.pts is None else round(frame.pts * frame.time_base / unit))
+        if None in times or any(after <= before for before, after in itertools.pairwise(times)):
+            rate = self.stream.average_rate or self.stream.guessed_rate or 25
+            times = [round(index / (rate * unit)) for index in range(len(times) + 1)]
+            self.end = times.pop()
+        self.pts = times
+
+    def deinterlaced(self, frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+        """Yield whole frames in place of interlaced ones. Each is made with those before and after it."""
+        graph = None
+        for frame in itertools.chain(frames, [None]):
+            if graph is None:
+                graph = self.linked(frame, ("bwdif", "mode=send_frame"))
+            graph.push(frame)
+            with contextlib.suppress(av.error.BlockingIOError, av.error.EOFError):
+                while True:
+                    yield graph.pull()
+
+    def linked(self, frame: av.VideoFrame, *filters: tuple[str, str]) -> av.filter.Graph:
+        """Return a graph of filters, one after the other, for frames like this one."""
+        graph = av.filter.Graph()
+        layout = {"width": frame.width, "height": frame.height, "format": frame.format}
+        nodes = [graph.add_buffer(**layout, time_base=frame.time_base)]
+        nodes += [graph.add(name, options) for name, options in filters]
+        nodes.append(graph.add("buffersink"))
+        graph.link_nodes(*nodes).configure()
+        return graph
+
+    def convert(self, frame: av.VideoFrame) -> np.ndarray:
+        """Return a frame as a person sees it: uint8 [H0, W0, C]."""
+        has_alpha = any(component.is_alpha for component in frame.format.components)
+        layout = (frame.width, frame.height, frame.format.name)
+        if layout not in self.graphs:
+            aspect = self.pixel_aspect()
+            width, height = round(frame.width * max(1, aspect)), round(frame.height / min(1, aspect))
+            colors = ""
+            if self.is_hdr(frame):
+                colors = ":out_primaries=bt709:out_transfer=bt709:out_color_matrix=bt709"
+            filters = [("scale", f"w={width}:h={height}{colors}"), ("format", "rgba" if has_alpha else "rgb24")]
+            self.graphs[layout] = self.linked(frame, *filters, *self.turns(frame))
+        graph = self.graphs[layout]
+        graph.push(frame)
+        pixels = graph.pull().to_ndarray()  # [H0, W0, 3 or 4]
+        if has_alpha:
+            pixels = np.asarray(upright_rgb(Image.fromarray(pixels)))  # [H0, W0, C]
+        if self.size is not None and pixels.shape[:2] != self.size:  # it changes within the video
+            pixels = np.asarray(Image.fromarray(pixels).resize(self.size[::-1], Image.Resampling.BICUBIC))
+        return pixels  # [H0, W0, C]
+
+    def is_hdr(self, frame: av.VideoFrame) -> bool:
+        """Tell whether brightness has one of the curves of HDR, which looks grey and washed out without conversion."""
+        return frame.color_trc in (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)  # PQ and HLG
+
+    def pixel_aspect(self) -> float:
+        """Return the width of a pixel divided by its height."""
+        aspect = float(self.stream.sample_aspect_ratio or 1)
+        return aspect if 0.2 < aspect < 5 else 1.0
+
+    def turns(self, frame: av.VideoFrame) -> list[tuple[str, str]]:
+        """Return the filters for the display matrix, which cameras write when they are turned or mirrored."""
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+        if matrix is None:
+            return []
+        # On the screen, a pixel of (x, y) is at (a x + c y, b x + d y).
+        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].astype(int)
+        filters = []
+        if abs(b) > abs(a):
+            filters.append(("transpose", "dir=cclock_flip"))  # x and y change places
+            a, d = c, b
+        if a < 0:
+            filters.append(("hflip", ""))
+        if d < 0:
+            filters.append(("vflip", ""))
+        return filters
+
+    def find(self, index: int) -> av.VideoFrame:
+        """Return frame `index`. Raises TimesDiffer."""
+        if self.is_in_order:
+            if index <= self.number:
+                self.open()
+            for frame in self.frames:
+                self.number += 1
+                if self.number == index:
+                    return frame
+            raise ValueError("it gave more frames when they were counted")
+        time = self.pts[index]
+        before = bisect.bisect_right(self.keyframes, time, key=lambda keyframe: keyframe[0])
+        start, dts = self.keyframes[max(0, before - 1)]
+        if not start <= self.time < time:
+            is_by_dts = "mov" in self.formats and dts is not None
+            try:
+                self.container.seek(dts if is_by_dts else start, stream=self.stream)
+            except av.error.FFmpegError as error:
+                raise TimesDiffer from error
+            self.frames = self.decode(start)
+        for frame in self.frames:
+            if frame.pts is None or frame.pts > time:
+                break
+            self.time = frame.pts
+            if frame.pts == time:
+                return frame
+        raise TimesDiffer
+
+    def read(self, indices: list[int]) -> np.ndarray:
+        """Return frames: uint8 [n, H0, W0, C]. Raises TimesDiffer."""
+        frames = {index: self.convert(self.find(index)) for index in sorted(set(indices))}
+        return np.stack([frames[index] for index in indices])
+
+    def times(self) -> list[float]:
+        """Return the seconds at which each frame is shown, and at which the last one ends."""
+        pts, end = self.pts, self.end
+        if end <= pts[-1]:  # the last frame has no duration: it gets the mean one
+            end = pts[-1] + max(1, (pts[-1] - pts[0]) // max(1, len(pts) - 1))
+        return [float((time - pts[0]) * self.stream.time_base) for time in [*pts, end]]
+
+
+def open_with_decord(source: str | io.BytesIO) -> Clip:
+    """Open a video as the original scripts did, with all that decord gets wrong."""
+    import decord
     decord.logging.set_level(decord.logging.QUIET)  # FFmpeg's warnings about odd but readable files
     reader = decord.VideoReader(source)
-    return len(reader), reader.get_avg_fps(), lambda indices: reader.get_batch(indices).asnumpy()
+    rate = reader.get_avg_fps()
+    if len(reader) == 0:
+        raise ValueError("it has no frames")
+    if not 0 < rate < math.inf:
+        raise ValueError(f"its frame rate is {rate}")
+
+    def read(indices: list[int]) -> np.ndarray:
+        frames = reader.get_batch(indices)
+        return frames.asnumpy() if hasattr(frames, "asnumpy") else np.asarray(frames)  # decord.bridge changes the kind
+
+    times = [index / rate for index in range(len(reader) + 1)]
+    return Clip(times, read([0]).shape[1:3], read, [])
+
+
+def open_clip(record: VideoRecord, video_reader: str = "pyav", is_in_order: bool = False) -> Clip:
+    """Open the clip of a record. `is_in_order` decodes a video from its start, and trusts no times of the container.
+    Raises ValueError, TimesDiffer, and what decord and PIL raise."""
+    suffix = Path(record.path.rstrip(")")).suffix.lower()  # of a row of a data set it stands in brackets
+    if suffix in HEIC_TYPES:
+        raise ValueError("HEIC pictures cannot be read: magick FILE picture.jpg converts one")
+    source = record.source()
+    if suffix in PICTURE_TYPES | {".apng"}:
+        return open_picture(source)
+    if video_reader == "decord":
+        return open_with_decord(source)
+    video = VideoFile(source, is_in_order)
+    times = video.times()
+    shown = sorted(np.diff(times[:-1]))
+    notes = list(video.notes)
+    if len(shown) > 1 and shown[len(shown) // 20] * 1.5 < shown[-1 - len(shown) // 20]:
+        notes.append("variable frame rate")
+    return Clip(times, video.size, video.read, notes)
 
 
 class VideoDataset(Dataset):
-    """Clips with captions, decoded on access. Items are {"instance_prompt": str, "instance_video": float32 [F, C, H,
-    W] in [-1, 1], "kept": float32 [2], the parts of its time and of its frames' area that are used}, F = 4k+1. The
-    constructor opens no video. It raises RunError for a data source that cannot work, with all missing files."""
+    """Clips with captions, decoded on access.
+
+    Items are {"instance_prompt": str, "instance_video": float32 [F, C, H, W] in [-1, 1] with F = 4k+1, "kept":
+    float32 [2], the parts of its time and of its frames' area that are used, "notes": what was converted}. The
+    constructor opens no video. It raises RunError for a data source that cannot work, with all missing files.
+    """
 
     def __init__(
         self, instance_data_root: str | None = None, dataset_name: str | None = None,
@@ -701,7 +1081,7 @@ class VideoDataset(Dataset):
         height: int = 480, width: int = 720, video_reshape_mode: str = "center", fps: int = 8,
         max_num_frames: int = 49, skip_frames_start: int = 0, skip_frames_end: int = 0, cache_dir: str | None = None,
         id_token: str | None = None, frame_sampling: str = "stride", seed: int | None = None,
-        buckets: list[tuple[int, int, int]] | None = None,
+        buckets: list[tuple[int, int, int]] | None = None, video_reader: str = "pyav",
     ):
         if dataset_name is not None:
             source = (dataset_name, dataset_config_name, instance_data_root, caption_column, video_column, cache_dir)
@@ -724,7 +1104,7 @@ class VideoDataset(Dataset):
         one_size = {"height": height, "width": width, "max_num_frames": max_num_frames}
         self.settings = {  # what changes no pixel is left out, for the cache's key
             "video_reshape_mode": video_reshape_mode, "skip_frames_start": skip_frames_start,
-            "skip_frames_end": skip_frames_end, "frame_sampling": frame_sampling,
+            "skip_frames_end": skip_frames_end, "frame_sampling": frame_sampling, "video_reader": video_reader,
         } | ({"buckets": buckets} if buckets else one_size) | ({"fps": fps} if frame_sampling == "fps" else {})
         if video_reshape_mode in ("random", "none"):
             self.settings["seed"] = seed
@@ -740,41 +1120,44 @@ class VideoDataset(Dataset):
         """What the text encoder is given for clip `index`: the trigger word, one space, the caption."""
         return f"{self.id_token} {self.instance_prompts[index]}".strip()
 
-    def choose(self, index: int) -> tuple[Callable, list[int], tuple[int, int], Tensor]:
-        """What is taken of clip `index`: what decodes frames, their indices, H and W, and `kept`. Raises whatever
-        decord and PIL do for a file that they cannot decode, and ValueError for one without frames."""
+    def choose(self, index: int, is_in_order: bool = False) -> tuple[Clip, list[int], tuple[int, int], Tensor]:
+        """What is taken of clip `index`: the clip, the indices of its frames, H and W, and `kept`. Raises ValueError,
+        TimesDiffer, and what decord and PIL raise."""
         record, s = self.records[index], self.settings
-        num_frames, rate, decode = open_clip(record)
-        if num_frames == 0:
-            raise ValueError("it has no frames")
-        if s["frame_sampling"] == "fps" and not 0 < rate < math.inf:
-            raise ValueError(f"its frame rate is {rate}, --frame_sampling fps needs a real one")
+        clip = open_clip(record, s["video_reader"], is_in_order)
+        num_frames = len(clip.times) - 1
         sampling = s["frame_sampling"] if num_frames > 1 else "stride"
-        options = (s["skip_frames_start"], s["skip_frames_end"], sampling, (rate, s.get("fps", 8)))
-        size = decode([0]).shape[1:3]  # H0, W0
+        options = (s["skip_frames_start"], s["skip_frames_end"], sampling, clip.times, s.get("fps", 8))
         available = len(select_frames(num_frames, num_frames, *options))
-        max_num_frames, height, width = choose_bucket(self.buckets, available, *size)
+        max_num_frames, height, width = choose_bucket(self.buckets, available, *clip.size)
         indices = select_frames(num_frames, max_num_frames, *options)
         time_kept = (indices[-1] - indices[0] + 1) / max(1, num_frames - s["skip_frames_start"] - s["skip_frames_end"])
-        aspects = sorted((size[0] / size[1], height / width))
+        aspects = sorted((clip.size[0] / clip.size[1], height / width))
         area_kept = 1.0 if s["video_reshape_mode"] == "stretch" else aspects[0] / aspects[1]
-        return decode, indices, (height, width), torch.tensor([time_kept, area_kept])  # [2]
+        return clip, indices, (height, width), torch.tensor([time_kept, area_kept])  # [2]
 
     def __getitem__(self, index: int) -> dict:
-        """Raises what `choose` does."""
-        decode, indices, (height, width), kept = self.choose(index)
+        """Raises ValueError, and what decord and PIL raise."""
+        try:
+            return self.item(index)
+        except TimesDiffer:
+            return self.item(index, is_in_order=True)
+
+    def item(self, index: int, is_in_order: bool = False) -> dict:
+        """Decode clip `index`, or raise what `choose` does."""
+        clip, indices, (height, width), kept = self.choose(index, is_in_order)
         position = None
         if "seed" in self.settings:
-            # Drawn from seed and path, not from a stream: the crop stays when other clips are added or reordered.
-            draw = random.Random(f"{self.settings['seed']}:{self.records[index].path}")
+            # Drawn from seed and content, not from a stream: the crop stays when clips are added, reordered or moved.
+            draw = random.Random(f"{self.settings['seed']}:{self.records[index].content_hash()}")
             position = (draw.random(), draw.random())
         video = torch.empty(len(indices), 3, height, width)  # [F, C, H, W]
         for start in range(0, len(indices), 8):  # few at a time: 49 frames of 4K as floats are 5 GB
-            frames = torch.from_numpy(decode(indices[start : start + 8]))  # [8, H0, W0, C] uint8
+            frames = torch.from_numpy(clip.read(indices[start : start + 8]))  # [8, H0, W0, C] uint8
             frames = (frames.permute(0, 3, 1, 2).float() - 127.5) / 127.5  # [8, C, H0, W0]
             mode = self.settings["video_reshape_mode"]
             video[start : start + 8] = resize_and_crop(frames, height, width, mode, position)
-        return {"instance_prompt": self.prompt(index), "instance_video": video, "kept": kept}
+        return {"instance_prompt": self.prompt(index), "instance_video": video, "kept": kept, "notes": clip.notes}
 
 
 # ---- Processes ------------------------------------------------------------------------------------------------------
@@ -1565,19 +1948,19 @@ def check_layers(args: Namespace, transformer_config: dict) -> None:
 
 
 def model_identity(args: Namespace, *subfolders: str) -> dict:
-    """What tells one encoder from another: its config, and its commit on the Hub or its files' size and mtime."""
+    """What tells one encoder from another: its config, and its commit on the Hub or the content of its files."""
     model, (config, commit) = args.pretrained_model_name_or_path, read_config(args, subfolders[0])
     identity = {"variant": args.variant, "config": config}
     if not Path(model).is_dir():
         return identity | {"model": model, "revision": args.revision, "commit": commit}
     files = [path for subfolder in subfolders for path in sorted((Path(model) / subfolder).iterdir())]
-    return identity | {"files": [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]}
+    return identity | {"files": [(f"{f.parent.name}/{f.name}", content_hash(str(f))) for f in files if f.is_file()]}
 
 
 def item_path(folder: Path, kind: str, **content) -> Path:
     """The file of one precomputed item. Its name is a hash of all that decides its content."""
     key = json.dumps({"format": CACHE_FORMAT, "kind": kind, **content}, sort_keys=True, default=str)
-    return folder / kind / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.safetensors"
+    return folder / kind / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.{CACHE_FORMAT}.safetensors"
 
 
 def write_item(path: Path, **tensors: Tensor) -> None:
@@ -1607,6 +1990,13 @@ def find_new(folder: Path, name: str, items: dict[object, tuple[Path, ...]]) -> 
     new = {}
     if is_first_process():
         folder.mkdir(parents=True, exist_ok=True)
+        for partial in folder.glob(".*.partial"):
+            if time.time() - partial.stat().st_mtime > 3600:  # a process was killed while it wrote
+                partial.unlink(missing_ok=True)
+        older = [path for path in folder.glob("*.safetensors") if f".{CACHE_FORMAT}." not in path.name]
+        if older:
+            size = sum(path.stat().st_size for path in older) / 1e9
+            logger.info(f"{folder}: {size:.2f} GB in {len(older)} files of an older version may be deleted")
         new = {files: key for key, files in items.items() if not all(is_item(file, name) for file in files)}
         logger.info(f"{folder}: {len(new)} of {len(items)} to encode")
     return gather(list(new.values()))[0]
@@ -1646,7 +2036,7 @@ def precompute_prompts(args: Namespace, accelerator: Accelerator, prompts: list[
     content = {"max_sequence_length": num_tokens, "dtype": str(dtype)}
     content["encoder"] = model_identity(args, "text_encoder", "tokenizer")
     paths = {prompt: item_path(folder, "prompts", prompt=prompt, **content) for prompt in prompts}
-    paths = gather(paths)[0]  # the model's files may have other dates on another machine
+    paths = gather(paths)[0]
     new = find_new(folder / "prompts", "prompt_embeds", {prompt: (path,) for prompt, path in paths.items()})
     if share := new[accelerator.process_index :: accelerator.num_processes]:
         tokenizer = T5Tokenizer.from_pretrained(**pretrained_source(args, "tokenizer"))
@@ -1688,45 +2078,69 @@ def encode_clip(vae: AutoencoderKLCogVideoX, video: Tensor, seed: int) -> dict: 
     return {"moments": encode_video(vae, video), "image_moments": image_moments}  # [2c, f, h, w]
 
 
-def decode_in_child(sender, dataset: VideoDataset, index: int, dtype: torch.dtype) -> None:
-    """Send `video` [F, C, H, W] and `kept` [2] as a safetensors file, or the text of what is wrong with the clip."""
+def decode_clips(connection, dataset: VideoDataset, dtype: torch.dtype) -> None:
+    """In a process of its own: for each index that comes, send the notes about the clip, and `video` [F, C, H, W] and
+    `kept` [2] as a safetensors file; or a text that says what is wrong with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)  # a forked process has none of its parent's threads
-    try:
-        item = dataset[index]
-        answer = safetensors.torch.save({"video": item["instance_video"].to(dtype), "kept": item["kept"]})
-    except Exception as error:  # decord, PIL and torch have their own kinds
-        text = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        text = re.sub(r"^(\[[\d:]+\] \S+: )*(Check failed: .*? vs\. .*?\) ?)?", "", text)  # decord's line and check
-        answer = re.sub(r"-?\d{9,}", "invalid data", text) or "its data is invalid"  # FFmpeg's codes
-    sender.send(answer)
+    with contextlib.suppress(AttributeError):  # only Linux has it
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with a parent that is killed
+    while True:
+        index = connection.recv()
+        try:
+            item = dataset[index]
+            tensors = {"video": item["instance_video"].to(dtype), "kept": item["kept"]}
+            answer = item.get("notes", []), safetensors.torch.save(tensors)
+        except Exception as error:  # FFmpeg, decord, PIL and torch have their own kinds
+            text = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            # Without decord's line and check, and without FFmpeg's codes.
+            text = re.sub(r"^(\[[\d:]+\] \S+: )*(Check failed: .*? vs\. .*?\) ?)?", "", text)
+            answer = re.sub(r"-?\d{9,}", "invalid data", text) or "its data is invalid"
+        connection.send(answer)
+
+
+class ClipDecoder:
+    """A process that decodes clips, one after the other."""
+
+    def __init__(self, dataset: VideoDataset, dtype: torch.dtype):
+        context = multiprocessing.get_context("fork")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=decode_clips, args=(theirs, dataset, dtype), daemon=True)
+        self.process.start()
+        theirs.close()  # the process has the last copy then: its death is an end of file here
+
+    def stop(self) -> None:
+        """End the process, whatever it does."""
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
 
 
 def decode_videos(dataset: VideoDataset, indices: list[int], dtype: torch.dtype, num_workers: int) -> Iterator[tuple]:
-    """Each clip's index with what `decode_in_child` sent, tensors by name or a text. Every clip has a process of its
-    own, `num_workers` of them at a time: a file that crashes the decoder, hangs it or exhausts its memory costs that
-    clip and nothing else. (decord aborts the process on some files.)"""
-    context, waiting, running = multiprocessing.get_context("fork"), deque(indices), deque()
-    while waiting or running:
-        while waiting and len(running) < num_workers:
-            receiver, sender = context.Pipe(duplex=False)
-            index = waiting.popleft()
-            process = context.Process(target=decode_in_child, args=(sender, dataset, index, dtype), daemon=True)
-            process.start()
-            sender.close()  # the child's copy is then the last one: its death is an end of file here
-            running.append((index, process, receiver, time.monotonic() + DECODE_SECONDS))
-        index, process, receiver, deadline = running.popleft()
-        answer = f"it was not decoded within {DECODE_SECONDS} seconds"
-        try:
-            if receiver.poll(max(0, deadline - time.monotonic())):
-                answer = receiver.recv()
-        except EOFError:
-            answer = "the decoder crashed on it"
-        process.kill()
-        process.join()
-        receiver.close()
-        yield index, answer if isinstance(answer, str) else safetensors.torch.load(answer)
+    """Yield each clip's index with a dict of `video` [F, C, H, W], `kept` [2] and `notes`, or with a text that says
+    what is wrong with it. `num_workers` processes decode the clips in turn, while those before are encoded."""
+    decoders = [ClipDecoder(dataset, dtype) for _ in range(min(num_workers, len(indices)))]
+    try:
+        for decoder, index in zip(decoders, indices, strict=False):
+            decoder.connection.send(index)
+        for position, index in enumerate(indices):
+            number = position % len(decoders)
+            try:
+                answer = decoders[number].connection.recv()
+            except (EOFError, OSError):
+                answer = "the decoder crashed on it"
+                decoders[number].stop()
+                decoders[number] = ClipDecoder(dataset, dtype)
+            if position + len(decoders) < len(indices):
+                decoders[number].connection.send(indices[position + len(decoders)])
+            if not isinstance(answer, str):
+                notes, tensors = answer
+                answer = safetensors.torch.load(tensors) | {"notes": notes}
+            yield index, answer
+    finally:
+        for decoder in decoders:
+            decoder.stop()
 
 
 def precompute_videos(
@@ -1737,18 +2151,14 @@ def precompute_videos(
     after the others are encoded; with --skip_bad_videos those have None in place of their files."""
     folder, dtype = precompute_folder(args), DTYPES[accelerator.mixed_precision]
     tiling = args.enable_tiling or is_in_tiles
-    content = {"made_for": KIND, "settings": dataset.settings, "dtype": str(dtype)}
+    content = {"made_for": KIND, "settings": dataset.settings, "dtype": str(dtype), "reader": READER_FORMAT}
     content["encoder"] = model_identity(args, "vae") | {"tiling": tiling}
     paths = []
     for record in dataset.records:
-        if record.read_bytes is not None:
-            content["source"] = {"sha256": hashlib.sha256(record.read_bytes()).hexdigest()}
-        else:
-            path, status = str(Path(record.path).resolve()), os.stat(record.path)
-            content["source"] = {"path": path, "size": status.st_size, "mtime": status.st_mtime_ns}
+        content["source"] = record.content_hash()
         flips = (False, True) if args.random_flip else (False,)
         paths.append(tuple(item_path(folder, "videos", flip=flip, **content) for flip in flips))
-    paths = gather(paths)[0]  # the clips may have other dates on another machine
+    paths = gather(paths)[0]
     new = find_new(folder / "videos", "moments", dict(enumerate(paths)))
     if share := new[accelerator.process_index :: accelerator.num_processes]:
         vae = load_vae(args, dtype).to(accelerator.device)
@@ -1756,12 +2166,13 @@ def precompute_videos(
         if tiling != args.enable_tiling:
             logger.info("Clips are encoded in tiles, as with --enable_tiling: whole frames take more memory")
     videos = decode_videos(dataset, share, dtype, max(1, args.dataloader_num_workers))
-    bad = {}
-    with shared_work():
+    bad, converted = {}, []
+    with shared_work(), contextlib.closing(videos):
         for index, answer in progress_bar(iterable=videos, total=len(share), desc="Encoding videos", unit="video"):
             if isinstance(answer, str):
                 bad[paths[index]] = f"{dataset.records[index].path}: {answer}"
                 continue
+            converted += answer["notes"]
             video = answer["video"]  # [F, C, H, W]
             for path, pixels in zip(paths[index], (video, video.flip(-1)), strict=False):  # [F, C, H, W]
                 if not is_item(path, "moments"):
@@ -1769,6 +2180,9 @@ def precompute_videos(
                     write_item(path, **encode_clip(vae, pixels, seed=int(path.stem[:15], 16)), kept=answer["kept"])
     vae = None
     clear_device_cache(garbage_collection=True)
+    if converted := Counter(itertools.chain(*gather(converted))):
+        kinds = ", ".join(f"{count} with {note}" for note, count in sorted(converted.items()))
+        logger.info(f"Clips that were converted to what a person sees: {kinds}")
     bad = {files: problem for found in gather(bad) for files, problem in found.items()}
     paths = [None if files in bad else files for files in paths]
     if bad:
@@ -2156,7 +2570,8 @@ def send_videos(accelerator: Accelerator, files: list[Path], caption: str, step:
             elif tracker.name == "comet_ml":
                 tracker.tracker.log_video(str(file), name=name, step=step)
             elif tracker.name == "tensorboard":  # as a grid of frames: its videos need moviepy
-                frames = decord.VideoReader(str(file))[:].asnumpy()  # [F, H, W, C]
+                clip = open_clip(VideoRecord("", str(file)))
+                frames = clip.read(list(range(len(clip.times) - 1)))  # [F, H, W, C]
                 tracker.log_images({name: frames}, step=step, dataformats="NHWC")
 
 

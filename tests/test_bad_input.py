@@ -179,8 +179,14 @@ def test_table_errors(fail, tmp_path):
     said = fail(**columns, caption_column="caption", video_column="path")
     assert "1 of 1 videos are missing" in said
     table.write_text("caption,path\n ,b\n")
-    assert "no caption in row 0" in fail(**columns, caption_column="caption", video_column="path")
+    assert "has ' ' in row 0, and no text" in fail(**columns, caption_column="caption", video_column="path")
     assert "--dataset_name" in fail(**columns | {"dataset_name": tmp_path / "none.csv"})
+    rows = tmp_path / "meta.jsonl"
+    columns |= {"dataset_name": rows, "caption_column": "caption", "video_column": "path"}
+    rows.write_text('{"caption": ["a", "b"], "path": "b.mp4"}\n')
+    assert "--caption_column" in (said := fail(**columns)) and "has ['a', 'b'] in row 0, and no text" in said
+    rows.write_text('{"caption": "a", "path": "b.mp4"}\n{"caption": "b", "path": null}\n')
+    assert "--video_column" in (said := fail(**columns)) and "has no video in row 1" in said
 
 
 @BOTH

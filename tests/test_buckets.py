@@ -42,6 +42,22 @@ def test_captions_beside_clips_and_pictures(script, run, beside, monkeypatch, ca
     assert "Clips: 2 of 1 x 64 x 96, 1 of 5 x 64 x 96, 1 of 9 x 64 x 96" in caplog.text
 
 
+def test_names_in_upper_case_and_two_clips_of_one_caption(script, beside):
+    (beside / "two.txt").rename(beside / "two.TXT")
+    dataset = script.VideoDataset(str(beside), caption_column="text", height=64, width=96, max_num_frames=9)
+    assert dataset.instance_prompts == ["short", "a red square", "red", "blue"]
+    (beside / "two.png").write_bytes((beside / "b" / "one.png").read_bytes())
+    (beside / "phone.heic").write_bytes(b"a picture")
+    (beside / "phone.txt").write_text("from a phone")
+    with pytest.raises(script.RunError) as error:
+        script.VideoDataset(str(beside))
+    assert "two.png: two.TXT is the caption of another clip, too" in str(error.value)
+    (beside / "two.png").unlink()
+    dataset = script.VideoDataset(str(beside))
+    with pytest.raises(ValueError, match="HEIC pictures cannot be read: magick"):
+        dataset[dataset.instance_prompts.index("from a phone")]
+
+
 def test_a_clip_or_a_caption_alone_is_refused(script, beside):
     (beside / "two.txt").unlink()
     (beside / "b" / "one.txt").write_text(" \n")

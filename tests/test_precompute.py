@@ -96,11 +96,40 @@ def test_id_token_goes_before_every_prompt(rerun, clips):
     assert counts["prompts"] == [f"DISNEY {caption}" for caption in captions]
 
 
-def test_touched_clip_encodes_one_video(rerun, clips):
+def test_a_replaced_clip_encodes_one_video_and_a_touched_one_none(rerun, clips):
     rerun()
     os.utime(clips / "videos" / "02.mp4", (1, 1))
+    assert rerun()["videos"] == 0
+    with (clips / "videos" / "02.mp4").open("ab") as file:
+        file.write(bytes(8))  # some other clip
     counts = rerun()
     assert counts["videos"] == 1 and counts["prompts"] == []
+
+
+@pytest.mark.parametrize("mode", ["center", "random"])
+def test_a_moved_or_copied_folder_encodes_nothing_again(rerun, clips, tmp_path, mode):
+    """The clips are known by their content, and so is where a random crop is."""
+    own = {"precompute_dir": tmp_path / "encoded", "video_reshape_mode": mode, "width": 48}
+    assert rerun(**own)["videos"] == 4
+    shutil.copytree(clips, tmp_path / "copy", ignore=lambda *_: [".cogvideox_precomputed"])
+    clips.rename(tmp_path / "moved")
+    for folder in ("copy", "moved"):
+        counts = rerun(instance_data_root=tmp_path / folder, **own)
+        assert counts["videos"] == 0 and counts["prompts"] == [], folder
+
+
+def test_older_files_are_counted_and_unfinished_ones_go(rerun, clips, caplog):
+    caplog.set_level("INFO")
+    rerun()
+    assert "may be deleted" not in caplog.text
+    folder = clips / ".cogvideox_precomputed" / "videos"
+    old, new = folder / ".a.host.1.partial", folder / ".b.host.2.partial"
+    for path in (old, new, folder / "0123.safetensors"):
+        path.write_bytes(bytes(20_000_000))
+    os.utime(old, (1, 1))
+    rerun()
+    assert f"{folder}: 0.02 GB in 1 files of an older version may be deleted" in caplog.text
+    assert not old.exists() and new.exists()  # another run may be writing that one
 
 
 CHANGES = {
@@ -137,14 +166,20 @@ def test_seed_matters_to_random_crops_only(rerun):
     assert rerun(video_reshape_mode="none", seed=1)["videos"] == 4
 
 
+def change_a_weight(path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
 def test_other_weights_encode_again(rerun, model, tmp_path):
     copy = tmp_path / "model"
     shutil.copytree(model, copy)
     rerun(pretrained_model_name_or_path=copy)
-    os.utime(copy / "vae" / "diffusion_pytorch_model.safetensors", (1, 1))
+    change_a_weight(copy / "vae" / "diffusion_pytorch_model.safetensors")
     counts = rerun(pretrained_model_name_or_path=copy)
     assert (counts["videos"], counts["prompts"]) == (4, [])
-    os.utime(copy / "text_encoder" / "model.safetensors", (1, 1))
+    change_a_weight(copy / "text_encoder" / "model.safetensors")
     counts = rerun(pretrained_model_name_or_path=copy)
     assert (counts["videos"], len(counts["prompts"])) == (0, 5)
 

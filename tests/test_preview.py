@@ -15,6 +15,7 @@ import pytest
 import tiny
 from conftest import BOTH, ROOT, word_list
 from PIL import Image
+from test_reader import H264, encode
 from training_script import ending_as
 from transformers import AutoTokenizer
 
@@ -121,7 +122,7 @@ def test_each_warning_is_on_the_clip_made_for_it_and_the_gravest_come_first(ever
 
 def test_warnings_say_what_is_wrong(every):
     cards = {card.name: card for card in read_page(every[0])}
-    assert cards["broken.mp4"].warnings[0].startswith("cannot be decoded: Error reading ")
+    assert cards["broken.mp4"].warnings[0].startswith("cannot be decoded: it is text and no video")
     assert cards["broken.mp4"].pictures == []
     assert cards["short.mp4"].warnings == ["a clip of 3 frames, trained as a picture without motion"]
     assert cards["long.mp4"].warnings == ["1.1 s of 5.0 s are used"]
@@ -150,6 +151,26 @@ def test_terminal_says_how_many_clips_have_each_warning(every):
     assert list(counts.items()) == [(text, number) for text, number in expected if number]
 
 
+def test_clips_at_another_speed_and_converted_ones_are_named(flags, tmp_path):
+    """Of 9 frames at --fps 8, each taken: one second is taught, of clips of 24 and 2 frames a second."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    encode(folder / "slow.mp4", *H264, rate=24, num_frames=9)
+    encode(folder / "fast.mp4", *H264, rate=2, num_frames=9)
+    encode(folder / "right.mp4", "-vf", "setsar=2/1", *H264, rate=8, num_frames=9)
+    (folder / "videos.txt").write_text("slow.mp4\nfast.mp4\nright.mp4")
+    (folder / "prompts.txt").write_text("one\ntwo\nthree")
+    found = {}
+    for sampling in ("stride", "fps"):
+        page = tmp_path / f"{sampling}.html"
+        preview([*flags(instance_data_root=folder, frame_sampling=sampling), "--page", str(page)])
+        found[sampling] = {card.name: card for card in read_page(page)}
+    assert found["stride"]["slow.mp4"].warnings[0] == "it is taught 3.0 times too slow (at --fps 8)"
+    assert found["stride"]["fast.mp4"].warnings[0] == "it is taught 4.0 times too fast (at --fps 8)"
+    assert not any("speed" in card.kinds for card in [found["stride"]["right.mp4"], *found["fps"].values()])
+    assert "converted: pixels that are not square" in found["stride"]["right.mp4"].warnings
+
+
 def ramp(height: int, width: int) -> np.ndarray:
     """Two frames whose red tells the column. No part of them is grey."""
     frames = np.zeros((2, height, width, 3), np.uint8)
@@ -167,6 +188,8 @@ def colored_part(picture: np.ndarray) -> tuple[float, float]:
 @pytest.mark.parametrize("mode", ["center", "random", "stretch"])
 def test_grey_is_what_is_cropped_away(script, flags, tmp_path, mode):
     clips = write_set(tmp_path / "clips", {f"{i}.mp4": (f"a square {i}", ramp(128, 512)) for i in range(2)})
+    with next(clips.rglob("1.mp4")).open("ab") as file:
+        file.write(bytes(8))  # another file, with the same frames
     words = flags(instance_data_root=clips, video_reshape_mode=mode, seed=5)
     preview([*words, "--page", str(tmp_path / "page.html")])
     dataset = script.VideoDataset(clips, None, None, "prompts.txt", "videos.txt", 64, 96, mode, seed=5)

@@ -269,7 +269,7 @@ def test_a_wrong_input_of_one_process_ends_all_with_its_message(launch, tmp_path
     settings = TWO | {"instance_data_root": clips, "precompute_dir": None}
     for text in finish(launch(2, machines=2, **settings), [2, 2]):
         assert "1 of 4 videos cannot be decoded" in text and "01.mp4" in text and "Traceback" not in text
-    (clips / "videos" / "01.mp4").write_bytes((clips / "videos" / "00.mp4").read_bytes())
+    (clips / "videos" / "01.mp4").write_bytes((clips / "videos" / "00.mp4").read_bytes() + bytes(8))  # not encoded yet
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (6000, -1))"
     prepare = in_rank(0, AutoencoderKLCogVideoX, "encode", 1, lambda: exec(limit))
     for text in finish(launch(2, machines=2, prepare=prepare, **settings), [2, 2]):

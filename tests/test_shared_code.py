@@ -125,7 +125,7 @@ DRIFTS = {
     "an exception, beside its tagged lines": ("noise = torch.randn_like(latents)", "noise = torch.rand_like(latents)"),
     "a statement of an exception": ("    x0_pred = noise_scheduler", "    noise_scheduler"),
     "a line added to an exception": ("    if timesteps is None:\n", "    if timesteps is None:\n        print()\n"),
-    "an import": ("import decord\n", "import decord as decord\n"),
+    "an import": ("import diffusers\n", "import diffusers as diffusers\n"),
 }
 
 

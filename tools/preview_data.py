@@ -23,7 +23,7 @@ import string
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -36,9 +36,10 @@ from training_script import ending_as, load_script, open_run  # noqa: E402
 KINDS = {  # of warnings, the gravest first, as the page and the terminal name them
     "broken": "cannot be decoded", "single": "trained as a picture", "time": "little of the time used",
     "area": "much cropped away", "turned": "between portrait and landscape", "stretched": "stretched out of shape",
-    "enlarged": "scaled up", "double": "same content", "dark": "very dark", "static": "nothing moves",
+    "speed": "too fast or too slow", "enlarged": "scaled up", "double": "same content", "dark": "very dark",
+    "static": "nothing moves",
     "trigger": "trigger word missing or twice", "cut": "caption cut off", "unknown": "caption with unknown characters",
-    "caption": "same caption",
+    "caption": "same caption", "converted": "converted, look at the frames",
 }  # fmt: skip
 LEAST_TIME = 0.5  # the training logs a warning below it, too
 LEAST_AREA = 0.7  # 16:9 and 4:3 brought to 3:2 keep 84 and 89 %; a square clip keeps 67 %, and may lose a head
@@ -68,8 +69,8 @@ class Caption(NamedTuple):
 class View:
     """A clip as training sees it. Sizes are height and width; `box` is left, top, right and bottom of what is kept."""
 
-    num_frames: int
-    rate: float
+    times: list[float]  # seconds: when each frame is shown, and when the last one ends
+    notes: list[str]  # what was converted
     source: tuple[int, int]
     indices: list[int]
     size: tuple[int, int]
@@ -81,8 +82,19 @@ class View:
     motion: float
     signature: np.ndarray  # the shown frames in 8 x 8 cells: [SHOWN, 8, 8, C]
 
-    def seconds(self, frames: int) -> float:
-        return frames / self.rate if 0 < self.rate < math.inf else math.nan
+    @property
+    def num_frames(self) -> int:
+        return len(self.times) - 1
+
+    @property
+    def used_seconds(self) -> float:
+        """From the first frame that is used to the end of the last one."""
+        return self.times[self.indices[-1] + 1] - self.times[self.indices[0]]
+
+    def speed(self, fps: float) -> float:
+        """How many times as fast it plays at `fps` frames a second as it was recorded."""
+        span = self.times[self.indices[-1]] - self.times[self.indices[0]]
+        return span * fps / (len(self.indices) - 1) if len(self.indices) > 1 else 1.0
 
 
 def trained_box(dataset, index: int, chosen: tuple, source: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -91,7 +103,7 @@ def trained_box(dataset, index: int, chosen: tuple, source: tuple[int, int]) -> 
     ramp[..., 0] = (np.arange(source[1]) + 0.5) / source[1] * 255
     ramp[..., 1] = (np.arange(source[0])[:, None] + 0.5) / source[0] * 255
     copied = copy.copy(dataset)
-    copied.choose = lambda _index: (lambda _indices: ramp, [0], *chosen[2:])
+    copied.choose = lambda *_: (SimpleNamespace(read=lambda _indices: ramp, notes=[]), [0], *chosen[2:])
     columns, rows, _ = (copied[index]["instance_video"][0].numpy() + 1) / 2  # [H, W]
     box = []
     for line, length in ((columns[len(columns) // 2], source[1]), (rows[:, rows.shape[1] // 2], source[0])):
@@ -134,17 +146,22 @@ class Views:
         self.script, self.dataset = script, dataset
 
     def __getitem__(self, index: int) -> dict:
-        """Raises what decord and PIL do."""
-        num_frames, rate, _ = self.script.open_clip(self.dataset.records[index])
-        chosen = decode, indices, size, kept = self.dataset.choose(index)
+        """Raises what the dataset does."""
+        try:
+            return self.view(index)
+        except self.script.TimesDiffer:
+            return self.view(index, is_in_order=True)
+
+    def view(self, index: int, is_in_order: bool = False) -> dict:
+        chosen = clip, indices, size, kept = self.dataset.choose(index, is_in_order)
         spread = np.linspace(0, len(indices) - 1, SHOWN).round().astype(int).tolist()
         shown = [indices[position] for position in dict.fromkeys(spread)]
-        frames = decode(shown)  # [F, H0, W0, C]
+        frames = clip.read(shown)  # [F, H0, W0, C]
         box = trained_box(self.dataset, index, chosen, frames.shape[1:3])
         seen = cells(frames, 16, box)
         signature = cells(frames, 8)[np.linspace(0, len(shown) - 1, SHOWN).round().astype(int)]
         view = View(
-            num_frames, rate, frames.shape[1:3], indices, size, box, tuple(kept.tolist()), shown,
+            clip.times, clip.notes, frames.shape[1:3], indices, size, box, tuple(kept.tolist()), shown,
             [thumbnail(frame, box, size) for frame in frames], float(seen.mean()),
             float(np.abs(seen - seen[0]).mean(-1).max()), signature,
         )  # fmt: skip
@@ -180,15 +197,16 @@ def read_captions(script: ModuleType, args: Namespace, dataset, limit: int) -> l
     return captions
 
 
-def frame_warnings(view: View, mode: str) -> Warnings:
+def frame_warnings(view: View, mode: str, fps: float) -> Warnings:
     """What of the clip itself is not as one would want it."""
     (height, width), (left, top, right, bottom), (time, area) = view.source, view.box, view.kept
     frames, used = view.num_frames, len(view.indices)
     sides = view.size[0] / (bottom - top), view.size[1] / (right - left)
     scale, stretch, turns = max(sides), max(sides) / min(sides), (height - width) * (view.size[0] - view.size[1]) < 0
-    seconds = f"{view.seconds(view.indices[-1] - view.indices[0] + 1):.1f} s of {view.seconds(frames):.1f} s are used"
+    seconds, speed = f"{view.used_seconds:.1f} s of {view.times[-1]:.1f} s are used", view.speed(fps)
     before, after = ("portrait", "landscape") if height > width else ("landscape", "portrait")
     turned = f"a {before} clip, {'stretched' if mode == 'stretch' else 'cropped'} to {after}"
+    faster = f"{speed:.1f} times too fast" if speed > 1 else f"{1 / max(speed, 1e-3):.1f} times too slow"
     checks = [
         ("single", used == 1 < frames, frames, f"a clip of {frames} frames, trained as a picture without motion"),
         ("time", used > 1 and time < LEAST_TIME, 1 - time, seconds),
@@ -197,6 +215,8 @@ def frame_warnings(view: View, mode: str) -> Warnings:
         ("stretched", mode == "stretch" and stretch > MOST_STRETCH, stretch, f"stretched by {stretch:.2f} one way"),
         ("enlarged", scale > MOST_SCALE, scale, f"{width} x {height}, scaled up by {scale:.1f}: it is blurred"),
         ("dark", view.brightness < LEAST_BRIGHTNESS, -view.brightness, f"dark: {view.brightness:.0%} of white"),
+        ("speed", not 0.5 <= speed <= 2, abs(math.log(max(speed, 1e-3))), f"it is taught {faster} (at --fps {fps})"),
+        ("converted", bool(view.notes), 0.0, f"converted: {', '.join(view.notes)}"),
         ("static", used > 1 and view.motion < LEAST_MOTION, -view.motion, "nothing moves in the frames that are used"),
     ]
     return [(kind, amount, text) for kind, is_so, amount, text in checks if is_so]
@@ -238,12 +258,14 @@ def doubles(views: list[View | str]) -> list[list[int]]:
     return groups
 
 
-def find_warnings(dataset, views: list[View | str], captions: list[Caption], limit: int) -> list[Warnings]:
+def find_warnings(
+    dataset, views: list[View | str], captions: list[Caption], limit: int, fps: float
+) -> list[Warnings]:
     """Of each clip, the gravest first."""
     found, texts, same = [], dataset.instance_prompts, {}
     for index, view in enumerate(views):
         broken = [("broken", 0.0, f"cannot be decoded: {view}")] if isinstance(view, str) else []
-        own = broken or frame_warnings(view, dataset.settings["video_reshape_mode"])
+        own = broken or frame_warnings(view, dataset.settings["video_reshape_mode"], fps)
         found.append(own + caption_warnings(captions[index], limit))
         same.setdefault(" ".join(texts[index].casefold().split()), []).append(index)
     groups = [("double", "looks like", group) for group in doubles(views)]
@@ -311,12 +333,15 @@ def facts(view: View) -> str:
     if view.num_frames == 1:
         return f"{text} · a picture"
     text += f" · {used} of {view.num_frames} frames"
-    text += f" · {view.seconds(span + 1):.1f} s of {view.seconds(view.num_frames):.1f} s"
-    return text + (f" · {(used - 1) / view.seconds(span):.1f} of {view.rate:.1f} frames a second" if span else "")
+    text += f" · {view.used_seconds:.1f} s of {view.times[-1]:.1f} s"
+    if span == 0:
+        return text
+    seconds = view.times[view.indices[-1]] - view.times[view.indices[0]]
+    return f"{text} · {(used - 1) / seconds:.1f} of {view.num_frames / view.times[-1]:.1f} frames a second"
 
 
 def figure(view: View, frame: int, picture: bytes) -> str:
-    time = f"{view.seconds(frame):.2f} s · " if view.num_frames > 1 else ""
+    time = f"{view.times[frame]:.2f} s · " if view.num_frames > 1 else ""
     image = f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(picture).decode()}">'
     return f"<figure>{image}<figcaption>{time}frame {frame}</figcaption></figure>"
 
@@ -354,7 +379,7 @@ def preview(script: ModuleType, args: Namespace, page: Path) -> str:
     transformer_config, _, dataset = open_run(script, args)
     limit = transformer_config["max_text_seq_length"]
     captions, views = read_captions(script, args, dataset, limit), look_at(script, args, dataset)
-    found = find_warnings(dataset, views, captions, limit)
+    found = find_warnings(dataset, views, captions, limit, args.fps)
     names = [record.path.removeprefix(f"{Path(args.instance_data_root or '.')}/") for record in dataset.records]
     content = make_page(args, names, list(zip(views, captions, found, strict=True)), limit)
     content = content.encode(errors="backslashreplace")  # a file's name may hold bytes that are no UTF-8
