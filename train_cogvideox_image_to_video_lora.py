@@ -25,8 +25,8 @@ The objective, in seven lines (x0: latents of a clip, e: prompt embeddings, alph
 Dimension key:  B batch · F pixel frames, 4k+1 · f latent frames = (F-1)/4+1 · C channels ·
 H, W pixels · h, w = H/8, W/8 · S text tokens · D text width
 
-Sections, as data flows: Command line · Data · Processes · Model · Objective · Precompute · Batches · Optimizer ·
-Checkpoints · Validation and publishing · Training
+Sections, the story first: Command line · Training · Objective · Model · Data · Precompute · Batches · Optimizer ·
+Checkpoints · Validation · Card and Hub · Processes
 """
 
 # The packages, as `uv run` installs them. requirements.txt says what each is for.
@@ -41,6 +41,8 @@ Checkpoints · Validation and publishing · Training
 #     "wandb>=0.25.0",
 # ]
 # ///
+
+from __future__ import annotations
 
 import argparse
 import bisect
@@ -112,148 +114,7 @@ SETTINGS = (  # kept in a checkpoint and shown in the card
 ).split()
 
 
-class RunError(Exception):
-    """Ends the run with one message. Exit code 1: the LoRA cannot be written, 2: wrong input, 3: loss or weights that
-    are not finite, 4: failed upload, 5: another process was lost, 6: out of device memory, 128 + n: stopped by
-    signal n. `is_shared`: all processes raise it together, so the first one of a machine prints it for all."""
-
-    def __init__(self, message: str, exit_code: int = 2, is_shared: bool = False):
-        super().__init__(message)
-        self.exit_code = exit_code
-        self.is_shared = is_shared
-
-
-@contextlib.contextmanager
-def explain(problem: str, kinds=Exception, exit_code: int = 2, advice: str = "") -> Iterator[None]:
-    """An error of these `kinds` ends the run with one message: the `problem`, what the error says, and `advice`."""
-    try:
-        yield
-    except kinds as error:
-        raise RunError(f"{problem}: {error}{advice}", exit_code) from error
-
-
-def listing(items: list[str], limit: int = 20) -> str:
-    """`items` on a line each. Those beyond `limit` are counted."""
-    lines = [f"  - {item}" for item in items[:limit]]
-    return "\n".join(lines + ([f"  … and {len(items) - limit} more"] if len(items) > limit else []))
-
-
-log_error_once = functools.cache(logger.error)
-log_warning_once = functools.cache(logger.warning)
-
-
-@contextlib.contextmanager
-def attempt(what: str) -> Iterator[None]:
-    """What the training does not depend on. A failure is logged, once if it repeats, and the run continues."""
-    try:
-        yield
-    except Exception as error:  # trackers, full disks and networks raise many kinds
-        log_error_once(f"{what} failed; training does not depend on it: {type(error).__name__}: {error}")
-
-
-def flush(path: Path) -> None:
-    """Write a file, or the names in a folder, to the disk itself: a power cut can empty what is in memory."""
-    os.fsync(descriptor := os.open(path, os.O_RDONLY))
-    os.close(descriptor)
-
-
-def partial_name(path: Path) -> Path:
-    """What a file or folder is called until it is complete."""
-    return path.with_name(f".{path.name}.partial")
-
-
-def put_in_place(partial: Path, path: Path) -> None:
-    """Rename a complete file to its final name, with the access rights of any new file: safetensors gives its files
-    to their owner alone (safetensors issue 782)."""
-    umask = os.umask(0)
-    os.umask(umask)
-    partial.chmod(0o666 & ~umask)
-    flush(partial)
-    os.replace(partial, path)
-    flush(path.parent)
-
-
 # ---- Command line ---------------------------------------------------------------------------------------------------
-
-
-class FlagHelp(argparse.RawDescriptionHelpFormatter):
-    """--help with defaults, and one letter for values that are not chosen from a list."""
-
-    def _get_help_string(self, action):
-        has_default = action.nargs != 0 and action.default is not None
-        return f"{action.help} (default: %(default)s)" if has_default else action.help
-
-    def _get_default_metavar_for_optional(self, action):
-        return "N" if action.type else "X"
-
-
-class OneMessageParser(argparse.ArgumentParser):
-    """Reports all wrong values in one message. argparse would report the first, after the usage of all flags. Notes
-    which flags are given."""
-
-    def __init__(self, **keywords):
-        super().__init__(**keywords)
-        self.problems, self.given = [], set()
-
-    def _get_values(self, action, arg_strings):
-        self.given.add(action.dest)
-        try:
-            return super()._get_values(action, arg_strings)
-        except argparse.ArgumentError as error:
-            self.problems.append(f"{action.option_strings[0]} {error.message}")
-            return action.default
-
-    def error(self, message: str):
-        problems = listing([*self.problems, message])
-        self.exit(2, f"{self.prog}: error: this command line cannot work (--help lists all flags):\n{problems}\n")
-
-
-def number(kind: type, limits: str, is_valid: Callable, text: str) -> float:
-    """The value of a flag. Raises argparse.ArgumentTypeError for what is no finite number within `limits`."""
-    with contextlib.suppress(ValueError, OverflowError):
-        if math.isfinite(value := kind(text)) and is_valid(value):
-            return value
-    raise argparse.ArgumentTypeError(f"must be {limits}, not {text}")
-
-
-def pixels(text: str) -> int:
-    """A height or width that the VAE and the transformer's patches divide."""
-    if (value := COUNT(text)) % 16:
-        nearest = max(16, round(value / 16) * 16)
-        raise argparse.ArgumentTypeError(f"must be a multiple of 16, not {value} (nearest: {nearest})")
-    return value
-
-
-def bucket(text: str) -> tuple[int, int, int]:
-    """Frames, height and width of "49x480x720"."""
-    if len(sizes := text.split("x")) != 3 or COUNT(sizes[0]) % 4 != 1:
-        raise argparse.ArgumentTypeError(f"must be 4k+1 frames x height x width, such as 49x480x720, not {text}")
-    return int(sizes[0]), pixels(sizes[1]), pixels(sizes[2])
-
-
-def block_range(text: str) -> str:
-    """Return the value of --lora_blocks, such as "21-41", without spare zeros. Raises argparse.ArgumentTypeError."""
-    match = re.fullmatch(r"(\d+)-(\d+)", text)
-    if match is None or int(match[1]) > int(match[2]):
-        raise argparse.ArgumentTypeError(f"must be the first and the last block, such as 21-41, not {text}")
-    return f"{int(match[1])}-{int(match[2])}"
-
-
-def quantization(text: str) -> str:
-    """Return the value of --quantize_base. Raises argparse.ArgumentTypeError for the values that are gone."""
-    if text in ("int8", "fp8"):
-        instead = "--offload_base takes less memory and is exact (nf4 is left for hosts with little memory)"
-        raise argparse.ArgumentTypeError(f"{text} is gone: {instead}")
-    return text
-
-
-COUNT = functools.partial(number, int, "a whole number, 1 or more", lambda value: value >= 1)
-COUNT_OR_ZERO = functools.partial(number, int, "a whole number, 0 or more", lambda value: value >= 0)
-POSITIVE = functools.partial(number, float, "a number, more than 0", lambda value: value > 0)
-NOT_NEGATIVE = functools.partial(number, float, "a number, 0 or more", lambda value: value >= 0)
-BETA = functools.partial(number, float, "a number, at least 0 and less than 1", lambda value: 0 <= value < 1)
-PROBABILITY = functools.partial(number, float, "from 0 to 1", lambda value: 0 <= value <= 1)
-SEED = functools.partial(number, int, f"from 0 to {2**31 - 1}", lambda value: 0 <= value < 2**31)
 
 
 def add_data_args(parser: argparse.ArgumentParser) -> None:
@@ -372,32 +233,6 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     add("--hub_token", help="token for it; default: the one of `hf auth login`")
 
 
-def layer_names(names) -> list[str]:
-    """`names` of layers in an order that is the same in all runs; peft keeps them as a set."""
-    return [name for name in LORA_TARGETS if name in names] + sorted(set(names) - set(LORA_TARGETS))
-
-
-@functools.cache
-def open_lora(source: str) -> tuple[Path, dict]:
-    """The file of an existing LoRA, and its rank, alpha, layers and blocks by the flags' names. Without metadata, it
-    is one of strength 1 for all blocks. Raises RunError."""
-    path = Path(source, LORA_FILE) if Path(source).is_dir() else Path(source)
-    with explain(f"--init_lora {source} is no LoRA in diffusers' format: a file, a folder or a Hub id"):
-        if not path.is_file():
-            from huggingface_hub import hf_hub_download  # an import of half a second
-            path = Path(hf_hub_download(source, LORA_FILE))
-        with safe_open(path, framework="pt") as file:
-            config = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-            ranks = {name: file.get_slice(name).get_shape()[0] for name in file.keys() if "lora_A.weight" in name}
-        rank = max(ranks.values())
-    numbers = [int(number) for name in ranks for number in re.findall(r"transformer_blocks\.(\d+)\.", name)]
-    blocks = f"{min(numbers)}-{max(numbers)}" if config.get("transformer.layers_to_transform") else None
-    layers = {re.sub(r"^.*transformer_blocks\.\d+\.(attn1\.)?|\.lora_A\.weight$", "", name) for name in ranks}
-    alpha = config.get("transformer.lora_alpha", rank)
-    lora = {"rank": rank, "lora_alpha": alpha, "lora_target_modules": layer_names(layers), "lora_blocks": blocks}
-    return path, lora
-
-
 def get_args(argv: list[str] | None = None) -> Namespace:
     """Parse `argv`, or the process's command line. The token is blanked in `sys.argv`, which trackers record."""
     usage = "%(prog)s --pretrained_model_name_or_path X --instance_data_root X [flags as below]"
@@ -428,34 +263,6 @@ def get_args(argv: list[str] | None = None) -> Namespace:
     return Namespace(**vars(args) | lora)
 
 
-@functools.cache
-def open_image(path: str) -> Image.Image:  # I2V:
-    """The image at a path or URL, in RGB. It is kept: what was opened at the start is what is sampled from later."""
-    return load_image(path, convert_method=upright_rgb)
-
-
-def validation_inputs(args: Namespace) -> list[dict]:  # I2V:
-    """What each validation video is sampled from: its prompt, and its start image at H x W, cropped as a clip is; the
-    pipeline would squeeze it. Raises RunError."""
-    prompts = args.validation_prompt.split(args.validation_prompt_separator) if args.validation_prompt else []
-    paths = args.validation_images.split(args.validation_prompt_separator) if args.validation_images else []
-    if len(prompts) != len(paths):
-        counts = f"{len(prompts)} in --validation_prompt, {len(paths)} in --validation_images"
-        raise RunError(f"every validation prompt needs its start image: there are {counts}")
-    inputs, problems = [], []
-    for prompt, path in zip(prompts, paths, strict=True):
-        try:
-            image = open_image(path)
-            if args.video_reshape_mode != "stretch":
-                image = ImageOps.fit(image, (args.width, args.height), Image.Resampling.BICUBIC)
-            inputs.append({"prompt": prompt, "image": image})
-        except Exception as error:  # PIL, the file system and the web have their own kinds
-            problems.append(f"--validation_images: {path} cannot be opened: {error}")
-    if problems:
-        raise RunError("\n  - ".join(problems))
-    return inputs
-
-
 def check_args(args: Namespace) -> None:
     """What several flags together can tell. Raises RunError with every problem found."""
     needs = {
@@ -483,6 +290,34 @@ def check_args(args: Namespace) -> None:
         raise RunError(f"these flags cannot work:\n{listing(problems)}")
 
 
+def validation_inputs(args: Namespace) -> list[dict]:  # I2V:
+    """What each validation video is sampled from: its prompt, and its start image at H x W, cropped as a clip is; the
+    pipeline would squeeze it. Raises RunError."""
+    prompts = args.validation_prompt.split(args.validation_prompt_separator) if args.validation_prompt else []
+    paths = args.validation_images.split(args.validation_prompt_separator) if args.validation_images else []
+    if len(prompts) != len(paths):
+        counts = f"{len(prompts)} in --validation_prompt, {len(paths)} in --validation_images"
+        raise RunError(f"every validation prompt needs its start image: there are {counts}")
+    inputs, problems = [], []
+    for prompt, path in zip(prompts, paths, strict=True):
+        try:
+            image = open_image(path)
+            if args.video_reshape_mode != "stretch":
+                image = ImageOps.fit(image, (args.width, args.height), Image.Resampling.BICUBIC)
+            inputs.append({"prompt": prompt, "image": image})
+        except Exception as error:  # PIL, the file system and the web have their own kinds
+            problems.append(f"--validation_images: {path} cannot be opened: {error}")
+    if problems:
+        raise RunError("\n  - ".join(problems))
+    return inputs
+
+
+@functools.cache
+def open_image(path: str) -> Image.Image:  # I2V:
+    """The image at a path or URL, in RGB. It is kept: what was opened at the start is what is sampled from later."""
+    return load_image(path, convert_method=upright_rgb)
+
+
 def memory_flags(args: Namespace) -> list[tuple[str, object]]:
     """The flags, with their values, that save device memory in training and are not in `args`; the cheapest first."""
     flags = [("train_batch_size", 1), ("gradient_checkpointing", True), ("checkpoint_policy", "full")]
@@ -496,6 +331,138 @@ def memory_flags(args: Namespace) -> list[tuple[str, object]]:
 def precompute_folder(args: Namespace) -> Path:
     """Where encoded prompts and videos are kept between runs."""
     return Path(args.precompute_dir or Path(args.instance_data_root or args.output_dir, ".cogvideox_precomputed"))
+
+
+@functools.cache
+def open_lora(source: str) -> tuple[Path, dict]:
+    """The file of an existing LoRA, and its rank, alpha, layers and blocks by the flags' names. Without metadata, it
+    is one of strength 1 for all blocks. Raises RunError."""
+    path = Path(source, LORA_FILE) if Path(source).is_dir() else Path(source)
+    with explain(f"--init_lora {source} is no LoRA in diffusers' format: a file, a folder or a Hub id"):
+        if not path.is_file():
+            from huggingface_hub import hf_hub_download  # an import of half a second
+            path = Path(hf_hub_download(source, LORA_FILE))
+        with safe_open(path, framework="pt") as file:
+            config = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            ranks = {name: file.get_slice(name).get_shape()[0] for name in file.keys() if "lora_A.weight" in name}
+        rank = max(ranks.values())
+    numbers = [int(number) for name in ranks for number in re.findall(r"transformer_blocks\.(\d+)\.", name)]
+    blocks = f"{min(numbers)}-{max(numbers)}" if config.get("transformer.layers_to_transform") else None
+    layers = {re.sub(r"^.*transformer_blocks\.\d+\.(attn1\.)?|\.lora_A\.weight$", "", name) for name in ranks}
+    alpha = config.get("transformer.lora_alpha", rank)
+    lora = {"rank": rank, "lora_alpha": alpha, "lora_target_modules": layer_names(layers), "lora_blocks": blocks}
+    return path, lora
+
+
+def layer_names(names) -> list[str]:
+    """`names` of layers in an order that is the same in all runs; peft keeps them as a set."""
+    return [name for name in LORA_TARGETS if name in names] + sorted(set(names) - set(LORA_TARGETS))
+
+
+def number(kind: type, limits: str, is_valid: Callable, text: str) -> float:
+    """The value of a flag. Raises argparse.ArgumentTypeError for what is no finite number within `limits`."""
+    with contextlib.suppress(ValueError, OverflowError):
+        if math.isfinite(value := kind(text)) and is_valid(value):
+            return value
+    raise argparse.ArgumentTypeError(f"must be {limits}, not {text}")
+
+
+def pixels(text: str) -> int:
+    """A height or width that the VAE and the transformer's patches divide."""
+    if (value := COUNT(text)) % 16:
+        nearest = max(16, round(value / 16) * 16)
+        raise argparse.ArgumentTypeError(f"must be a multiple of 16, not {value} (nearest: {nearest})")
+    return value
+
+
+def bucket(text: str) -> tuple[int, int, int]:
+    """Frames, height and width of "49x480x720"."""
+    if len(sizes := text.split("x")) != 3 or COUNT(sizes[0]) % 4 != 1:
+        raise argparse.ArgumentTypeError(f"must be 4k+1 frames x height x width, such as 49x480x720, not {text}")
+    return int(sizes[0]), pixels(sizes[1]), pixels(sizes[2])
+
+
+def block_range(text: str) -> str:
+    """Return the value of --lora_blocks, such as "21-41", without spare zeros. Raises argparse.ArgumentTypeError."""
+    match = re.fullmatch(r"(\d+)-(\d+)", text)
+    if match is None or int(match[1]) > int(match[2]):
+        raise argparse.ArgumentTypeError(f"must be the first and the last block, such as 21-41, not {text}")
+    return f"{int(match[1])}-{int(match[2])}"
+
+
+def quantization(text: str) -> str:
+    """Return the value of --quantize_base. Raises argparse.ArgumentTypeError for the values that are gone."""
+    if text in ("int8", "fp8"):
+        instead = "--offload_base takes less memory and is exact (nf4 is left for hosts with little memory)"
+        raise argparse.ArgumentTypeError(f"{text} is gone: {instead}")
+    return text
+
+
+COUNT = functools.partial(number, int, "a whole number, 1 or more", lambda value: value >= 1)
+COUNT_OR_ZERO = functools.partial(number, int, "a whole number, 0 or more", lambda value: value >= 0)
+POSITIVE = functools.partial(number, float, "a number, more than 0", lambda value: value > 0)
+NOT_NEGATIVE = functools.partial(number, float, "a number, 0 or more", lambda value: value >= 0)
+BETA = functools.partial(number, float, "a number, at least 0 and less than 1", lambda value: 0 <= value < 1)
+PROBABILITY = functools.partial(number, float, "from 0 to 1", lambda value: 0 <= value <= 1)
+SEED = functools.partial(number, int, f"from 0 to {2**31 - 1}", lambda value: 0 <= value < 2**31)
+
+
+class FlagHelp(argparse.RawDescriptionHelpFormatter):
+    """--help with defaults, and one letter for values that are not chosen from a list."""
+
+    def _get_help_string(self, action):
+        has_default = action.nargs != 0 and action.default is not None
+        return f"{action.help} (default: %(default)s)" if has_default else action.help
+
+    def _get_default_metavar_for_optional(self, action):
+        return "N" if action.type else "X"
+
+
+class OneMessageParser(argparse.ArgumentParser):
+    """Reports all wrong values in one message. argparse would report the first, after the usage of all flags. Notes
+    which flags are given."""
+
+    def __init__(self, **keywords):
+        super().__init__(**keywords)
+        self.problems, self.given = [], set()
+
+    def _get_values(self, action, arg_strings):
+        self.given.add(action.dest)
+        try:
+            return super()._get_values(action, arg_strings)
+        except argparse.ArgumentError as error:
+            self.problems.append(f"{action.option_strings[0]} {error.message}")
+            return action.default
+
+    def error(self, message: str):
+        problems = listing([*self.problems, message])
+        self.exit(2, f"{self.prog}: error: this command line cannot work (--help lists all flags):\n{problems}\n")
+
+
+class RunError(Exception):
+    """Ends the run with one message. Exit code 1: the LoRA cannot be written, 2: wrong input, 3: loss or weights that
+    are not finite, 4: failed upload, 5: another process was lost, 6: out of device memory, 128 + n: stopped by
+    signal n. `is_shared`: all processes raise it together, so the first one of a machine prints it for all."""
+
+    def __init__(self, message: str, exit_code: int = 2, is_shared: bool = False):
+        super().__init__(message)
+        self.exit_code = exit_code
+        self.is_shared = is_shared
+
+
+@contextlib.contextmanager
+def explain(problem: str, kinds=Exception, exit_code: int = 2, advice: str = "") -> Iterator[None]:
+    """An error of these `kinds` ends the run with one message: the `problem`, what the error says, and `advice`."""
+    try:
+        yield
+    except kinds as error:
+        raise RunError(f"{problem}: {error}{advice}", exit_code) from error
+
+
+def listing(items: list[str], limit: int = 20) -> str:
+    """`items` on a line each. Those beyond `limit` are counted."""
+    lines = [f"  - {item}" for item in items[:limit]]
+    return "\n".join(lines + ([f"  … and {len(items) - limit} more"] if len(items) > limit else []))
 
 
 # The command line is read before the libraries are imported, which takes 7 to 14 seconds: --help and wrong flags are
@@ -560,6 +527,738 @@ PIPELINE = CogVideoXImageToVideoPipeline  # I2V:
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+# ---- Training -------------------------------------------------------------------------------------------------------
+
+
+def main(args: Namespace) -> None:
+    """Check, precompute, train, save, publish: the stages in order. Raises RunError."""
+    check_args(args)
+    with shared_work():  # a problem of one process or machine ends all of them with its message
+        accelerator, engine = get_accelerator(args)
+        log_device(accelerator)
+        transformer_config, vae_config = read_config(args, "transformer")[0], read_config(args, "vae")[0]
+        check_model(args, transformer_config, vae_config)
+        dataset = VideoDataset(**{name: getattr(args, name) for name in inspect.signature(VideoDataset).parameters})
+    settings = {name: getattr(args, name) for name in SETTINGS} | {
+        "num_clips": len(dataset), "num_processes": accelerator.num_processes, "engine": engine,
+        "mixed_precision": accelerator.mixed_precision, "lora_targets": args.lora_target_modules,
+    }  # fmt: skip
+    settings = json.loads(json.dumps(settings))  # as a checkpoint has them
+    checkpoint = in_first(find_checkpoint, args, settings)
+    repo_id = in_first(check_hub_access, args)
+    in_first(make_output_folders, args, checkpoint, settings)
+    log_to_file(Path(args.output_dir))
+    in_first(start_trackers, args, accelerator)
+    if args.allow_tf32:
+        torch.set_float32_matmul_precision("high")
+    saved = gather(read_training_state(checkpoint)["state"] if checkpoint else {})[0]
+    seed = random.SystemRandom().getrandbits(31) if args.seed is None else args.seed
+    seed = saved.get("seed", gather(seed)[0])
+
+    # Each encoder is alone on the device, and freed before the transformer is loaded.
+    captions = [dataset.prompt(index) for index in range(len(dataset))]
+    prompts = [*captions, *(run_input["prompt"] for run_input in validation_inputs(args)), ""]
+    with stage(args, "encoding prompts"):
+        prompt_files = precompute_prompts(args, accelerator, prompts, transformer_config["max_text_seq_length"])
+    pixels = max(height * width for _, height, width in dataset.buckets)
+    encoding = pixels * ENCODED_PIXEL * DTYPES[accelerator.mixed_precision].itemsize  # bytes
+    is_in_tiles = saved.get("is_encoded_in_tiles", needs_tiles(args, accelerator, encoding))
+    with stage(args, "encoding videos"):
+        video_files = precompute_videos(args, accelerator, dataset, is_in_tiles)
+    clips = zip(video_files, map(prompt_files.get, captions), [record.path for record in dataset.records], strict=True)
+    folders = "--output_dir and --precompute_dir must be folders that all machines share"
+    with shared_work(), explain(folders, OSError):
+        Path(args.output_dir, "metrics.jsonl").stat()
+        latents = LatentDataset([clip for clip in clips if clip[0]], prompt_files[""], args.eval_split, seed)
+    loader, sampler = get_dataloader(args, accelerator, latents, seed)
+    steps_per_epoch = math.ceil(len(sampler) / args.gradient_accumulation_steps)
+    max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+
+    set_seed(seed)  # the LoRA starts the same in all processes
+    with shared_work():  # a slow disk of one process does not end the others' first collective
+        transformer = load_transformer(args, DTYPES[accelerator.mixed_precision])
+        lora = add_lora(transformer, args.rank, args.lora_alpha, args.lora_target_modules, args.lora_blocks)
+        if args.init_lora:
+            load_lora(transformer, open_lora(args.init_lora)[0])
+        noise_scheduler = CogVideoXDPMScheduler.from_pretrained(**pretrained_source(args, "scheduler"))
+    trained = prepare(args, accelerator, transformer, max_train_steps)
+    run = Run(
+        args, accelerator, *trained, noise_scheduler, vae_config, prompt_files, latents, max_train_steps, settings,
+        seed, is_encoded_in_tiles=is_in_tiles,
+    )
+    set_seed(seed, device_specific=True)  # each process draws its own noise
+    if checkpoint is not None:
+        resume(run, checkpoint)
+    logger.info(f"Steps: {max_train_steps}, {steps_per_epoch} an epoch")
+    num_trainable = sum(parameter.numel() for parameter in lora)
+    logger.info(f"LoRA: {num_trainable:,} parameters of rank {args.rank}, applied at {args.lora_alpha / args.rank:g}")
+    try:
+        with run.stop.installed():
+            if run.step == 0:
+                run_validation(run)  # of the base model, to compare with
+            train(run, loader, sampler)
+        in_first(save_lora, run.base, Path(args.output_dir), lora_weights(run.base))
+        logger.info(f"LoRA: {args.output_dir}/{LORA_FILE}. To use it: pipe.load_lora_weights({args.output_dir!r})")
+        in_first(publish, run, run_validation(run, is_final=True), repo_id)
+    finally:
+        for tracker in accelerator.trackers:
+            with attempt(f"Closing {tracker.name}"):
+                tracker.finish()
+    accelerator.state.destroy_process_group()
+
+
+def train(run: Run, loader: DataLoader, sampler: ShapeBatchSampler) -> None:
+    """The training loop, from wherever the run is to its last step. Raises RunError."""
+    args, accelerator, transformer = run.args, run.accelerator, run.transformer
+    progress = progress_bar(total=run.max_train_steps, initial=run.step, desc="Training", unit="step")
+    loss_sum, num_micro_batches, before_step, started = 0.0, 0, None, time.perf_counter()
+    saving = saving_activations(args)
+    transformer.train()
+    while run.step < run.max_train_steps:
+        sampler.epoch, sampler.first_batch = run.epoch, run.batch
+        for batch in loader:
+            before_step = before_step or (run.batch, torch.get_rng_state(), torch.cuda.get_rng_state_all())
+            try:
+                with accelerator.accumulate(transformer):
+                    latents, conditions = prepare_batch(batch, run.base.config, run.vae_config, args)
+                    with saving:
+                        loss = diffusion_loss(transformer, run.noise_scheduler, latents, conditions)
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients:
+                        grad_norm = accelerator.clip_grad_norm_(transformer.parameters(), args.max_grad_norm)
+            except Exception:
+                save_after_error(run, *before_step)
+                raise
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            loss_sum, num_micro_batches, run.batch = loss_sum + loss.detach(), num_micro_batches + 1, run.batch + 1
+            if not accelerator.sync_gradients:
+                continue  # nothing before this line waits for the GPU
+
+            run.lr_scheduler.step()
+            run.step += 1
+            # A process that got a signal tells the others here, so that all of them stop after the same step.
+            numbers = (loss_sum / num_micro_batches, grad_norm, run.stop.number)
+            numbers = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=loss.device) for x in numbers])
+            mean_loss, norm, stop = accelerator.reduce(numbers, reduction="mean").tolist()
+            # An fp16 gradient may overflow: the gradient scaler then skips the step, and nothing is lost.
+            if not math.isfinite(mean_loss) or not (math.isfinite(norm) or accelerator.optimizer_step_was_skipped):
+                raise not_finite(run, f"the loss is {mean_loss}, the gradient norm {norm}")
+            # The logged rate is that of the next step, as the originals logged it.
+            metrics = {"loss": mean_loss, "lr": run.lr_scheduler.get_last_lr()[0], "grad_norm": norm}
+            seconds = round(time.perf_counter() - started, 4)
+            scalars = {f"train/{name}": value for name, value in metrics.items()} | {"train/step_time": seconds}
+            originals = {"loss": mean_loss, "lr": metrics["lr"]}  # by their names
+            log_metrics(run, metrics | {"seconds": seconds}, scalars | originals)
+            progress.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{metrics['lr']:.2e}", refresh=False)
+            progress.update()
+
+            is_last = run.step >= run.max_train_steps
+            if run.step % args.checkpointing_steps == 0 or stop or is_last:
+                with stage(args, "saving", run.step):
+                    save_checkpoint(run)
+            if stop:
+                number = signal.Signals(run.stop.number or signal.SIGTERM)  # none: another process got it
+                stopped = f"stopped by {number.name} after step {run.step}. {RESUME_HINT}"
+                raise RunError(stopped, 128 + number, is_shared=True)
+            if is_last:
+                break
+            if args.validation_steps and run.step % args.validation_steps == 0:
+                run_validation(run)
+            loss_sum, num_micro_batches, before_step, started = 0.0, 0, None, time.perf_counter()
+        else:
+            run.epoch, run.batch = run.epoch + 1, 0
+            if not args.validation_steps and run.epoch % args.validation_epochs == 0:
+                run_validation(run)
+    progress.close()
+
+
+def publish(run: Run, videos: list[tuple[str, Path]], repo_id: str | None) -> None:
+    """Write the model card, and upload. Raises RunError, code 4."""
+    args, output_dir, prompts = run.args, Path(run.args.output_dir), [prompt for prompt, _ in videos]
+    sampling = sampling_settings(args) | {"max_sequence_length": run.base.config.max_text_seq_length}
+    image = next((start.get("image") for start in validation_inputs(args)), None)
+    with attempt("Writing the model card"):
+        save_model_card(
+            repo_id or output_dir.resolve().name, [file for _, file in videos], args.pretrained_model_name_or_path,
+            prompts, args.output_dir, args.fps, args.id_token, run.settings | {"steps": run.step}, sampling, image,
+        )
+    if repo_id is not None:
+        names = [LORA_FILE, "README.md", "first_frame.png", *(f"final_video_{i}.mp4" for i in range(len(videos)))]
+        names = [name for name in names if (output_dir / name).is_file()]
+        files = [CommitOperationAdd(name, output_dir / name) for name in names]
+        command = shlex.join(["hf", "upload", repo_id, args.output_dir, *(f"--include={name}" for name in names)])
+        advice = f"\nAll files are in {output_dir}. To upload them by hand, after `hf auth login`: {command}"
+        with explain(f"the upload to {repo_id} failed", exit_code=4, advice=advice):
+            HfApi(token=args.hub_token).create_commit(repo_id, files, commit_message="LoRA, its card and samples")
+        logger.info(f"Uploaded {', '.join(names)} to {repo_id}")
+    logger.info(f"Done. {output_dir} has the LoRA, its card (README.md) and each step's loss (metrics.jsonl).")
+    logger.info("For more steps or epochs: the same command with these and --resume_from_checkpoint latest.")
+
+
+# ---- Objective ------------------------------------------------------------------------------------------------------
+
+
+def diffusion_loss(
+    transformer: torch.nn.Module, noise_scheduler: CogVideoXDPMScheduler, latents: Tensor,
+    conditions: dict, noise: Tensor | None = None, timesteps: Tensor | None = None,
+) -> Tensor:
+    """The training loss of latents [B, f, C, h, w] (fp32): a scalar, fp32, over the frames after `num_padding`. Noise
+    and timesteps [B] are drawn from the global generator unless given. All but the transformer computes in fp32: in
+    bf16 the 1000 noise levels of the scheduler collapse to 193."""
+    conditions = dict(conditions)
+    num_padding = conditions.pop("num_padding", 0)
+    if noise is None:
+        noise = torch.randn_like(latents)  # [B, f, C, h, w]
+    if timesteps is None:
+        num_timesteps = noise_scheduler.config.num_train_timesteps
+        timesteps = torch.randint(0, num_timesteps, (len(latents),), device=latents.device)  # [B] int64
+    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)  # [B, f, C, h, w]
+    image_latents = conditions.pop("image_latents")  # I2V: [B, f, C, h, w]
+    noisy_latents_and_image = torch.cat([noisy_latents, image_latents], dim=2)  # I2V: [B, f, 2C, h, w]
+    hidden_states = noisy_latents_and_image.to(conditions["encoder_hidden_states"].dtype)  # I2V:
+    velocity_pred = transformer(
+        hidden_states=hidden_states, timestep=timesteps, return_dict=False, **conditions
+    )[0].float()  # [B, f, C, h, w]
+    x0_pred = noise_scheduler.get_velocity(velocity_pred, noisy_latents, timesteps)  # [B, f, C, h, w]
+    alphas_cumprod = noise_scheduler.alphas_cumprod[timesteps].to(latents.dtype)  # [B]
+    squared_error = (x0_pred - latents)[:, num_padding:].square().flatten(1).mean(dim=1)  # [B]
+    return (squared_error / (1 - alphas_cumprod)).mean()
+
+
+def prepare_batch(
+    batch: dict[str, Tensor], transformer_config, vae_config: dict, args: Namespace  # I2V: args
+) -> tuple[Tensor, dict]:
+    """From a batch of `LatentDataset`: latents [B, f, C, h, w] (fp32), freshly sampled, and by their keywords what the
+    transformer is given beside them, and `image_latents` [B, f, C, h, w]. CogVideoX 1.5 takes f / patch_size_t whole
+    tokens: there `num_padding` frames stand before those of the clip, copies of the first, as it was trained
+    (zai-org/CogVideo, issue 524); the image stands in the first of all frames, as in the pipeline."""
+    latents = sample_latents(batch["moments"], vae_config["scaling_factor"])  # [B, f, C, h, w]
+    num_padding = -latents.shape[1] % (transformer_config.patch_size_t or 1)
+    latents = torch.cat([latents[:, :1]] * num_padding + [latents], dim=1)  # [B, f, C, h, w], padding included
+    conditions = {"encoder_hidden_states": batch["prompt_embeds"], "num_padding": num_padding}
+    conditions["image_rotary_emb"] = rotary_for(transformer_config, vae_config, latents)
+    frames = latents.shape[1]  # I2V:
+    own_frames = (transformer_config.sample_frames - 1) // 4 + 1  # I2V:
+    if transformer_config.use_learned_positional_embeddings and frames != own_frames:  # I2V:
+        log_error_once(  # I2V:
+            f"Clips that do not give {transformer_config.sample_frames} frames train with computed positions in "
+            "place of the model's learned ones, as at inference."
+        )
+    conditions["image_latents"] = sample_image_latents(  # I2V: [B, f, C, h, w]
+        batch["image_moments"], frames, vae_config, args.noised_image_dropout
+    )
+    if transformer_config.ofs_embed_dim is not None:  # I2V: CogVideoX 1.5; the pipeline's constant
+        conditions["ofs"] = latents.new_full((1,), 2.0)  # I2V:
+    return latents, conditions
+
+
+def sample_latents(moments: Tensor, scaling_factor: float) -> Tensor:
+    """A fresh sample of the latent distribution [B, 2c, f, h, w], scaled for the transformer: [B, f, c, h, w]."""
+    latents = DiagonalGaussianDistribution(moments.float()).sample() * scaling_factor  # [B, c, f, h, w]
+    return latents.permute(0, 2, 1, 3, 4).contiguous()  # [B, f, c, h, w]
+
+
+def sample_image_latents(  # I2V:
+    image_moments: Tensor, num_frames: int, vae_config: dict, dropout: float
+) -> Tensor:
+    """What tells the transformer the first frame, from its distribution [B, 2c, 1, h, w]: latents [B, f, c, h, w] that
+    are zero after the first frame. A part `dropout` of the clips, drawn one by one, has zeros throughout. Source:
+    CogVideoXImageToVideoPipeline.prepare_latents, with its division where `invert_scale_latents` is set."""
+    scaling_factor = vae_config["scaling_factor"]
+    scale = 1 / scaling_factor if vae_config.get("invert_scale_latents") else scaling_factor
+    first = sample_latents(image_moments, scale)  # [B, 1, c, h, w]
+    kept = torch.rand(len(first), device=first.device) >= dropout  # [B]
+    image_latents = first.new_zeros(len(first), num_frames, *first.shape[2:])  # [B, f, c, h, w]
+    image_latents[:, :1] = first * kept.view(-1, 1, 1, 1, 1)
+    return image_latents
+
+
+def rotary_for(transformer_config, vae_config: dict, latents: Tensor) -> tuple[Tensor, Tensor] | None:
+    """What the pipeline feeds as `image_rotary_emb` for latents [B, f, C, h, w]; None for a model without (2B)."""
+    if not transformer_config.use_rotary_positional_embeddings:
+        return None
+    (num_frames, _, height, width), config = latents.shape[1:], transformer_config
+    scale = pixels_per_latent(vae_config)
+    return prepare_rotary_positional_embeddings(
+        height * scale, width * scale, num_frames, scale, config.patch_size, config.attention_head_dim,
+        latents.device, config.sample_height * scale, config.sample_width * scale, config.patch_size_t,
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def prepare_rotary_positional_embeddings(
+    height: int, width: int, num_frames: int, vae_scale_factor_spatial: int = 8, patch_size: int = 2,
+    attention_head_dim: int = 64, device: torch.device | None = None, base_height: int = 480, base_width: int = 720,
+    patch_size_t: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Rotary position embeddings (cos, sin) of all video tokens, each [f * h/p * w/p, head dim]; made once a shape.
+    `height`, `width` and the base size that the model was trained at are in pixels, `num_frames` in latent frames.
+    With `patch_size_t` (CogVideoX 1.5), f / patch_size_t tokens along time, and the base size is the largest one.
+    Source: CogVideoXPipeline._prepare_rotary_positional_embeddings."""
+    token = vae_scale_factor_spatial * patch_size  # pixels along each side
+    grid_size, base_size = (height // token, width // token), (base_height // token, base_width // token)
+    if patch_size_t is not None:
+        frames, grid = -(-num_frames // patch_size_t), {"grid_type": "slice", "max_size": base_size}
+        return get_3d_rotary_pos_embed(attention_head_dim, None, grid_size, frames, device=device, **grid)
+    crops_coords = get_resize_crop_region_for_grid(grid_size, base_size[1], base_size[0])
+    return get_3d_rotary_pos_embed(attention_head_dim, crops_coords, grid_size, num_frames, device=device)
+
+
+def pixels_per_latent(vae_config: dict) -> int:
+    """Along height and along width."""
+    return 2 ** (len(vae_config["block_out_channels"]) - 1)
+
+
+# ---- Model ----------------------------------------------------------------------------------------------------------
+
+
+def read_config(args: Namespace, subfolder: str) -> tuple[dict, str | None]:
+    """The config of one component, without its weights, and its commit if it is on the Hub. Raises RunError."""
+    model = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+    with explain(f"{model} is no diffusers-format model, in a local folder or on the Hub", (OSError, ValueError)):
+        # Of any component: load_config only reads config.json.
+        return AutoencoderKLCogVideoX.load_config(**pretrained_source(args, subfolder), return_commit_hash=True)
+
+
+def check_model(args: Namespace, transformer_config: dict, vae_config: dict) -> None:
+    """Refuse, by their configs, checkpoints that this script cannot train. Raises RunError."""
+    config, model = transformer_config, f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+    if config.get("_class_name") != "CogVideoXTransformer3DModel":
+        raise RunError(f"{model} is not a CogVideoX: its transformer is a {config.get('_class_name')}")
+    in_channels, latent_channels = config["in_channels"], vae_config["latent_channels"]
+    kinds = {1: "text-to-video", 2: "image-to-video"}  # latents on the input channels: noisy ones, and an image's
+    kind = kinds.get(in_channels / latent_channels)
+    if kind is None:
+        raise RunError(f"{model}: its transformer takes {in_channels} channels, its VAE makes {latent_channels}")
+    if kind != KIND:
+        raise RunError(f"{model} is a model for {kind}: train it with {TRAINERS[kind]}")
+    own = [config[name] * pixels_per_latent(vae_config) for name in ("sample_height", "sample_width")]
+    is_fixed, patch_size_t = config.get("use_learned_positional_embeddings"), config.get("patch_size_t")
+    for size in ([args.height, args.width], *(list(sides) for _, *sides in args.buckets or [])):
+        nearest = own if is_fixed else list(map(min, size, own))
+        if size != nearest and (is_fixed or patch_size_t):  # its table of positions has this size
+            works = f"works {'at' if is_fixed else 'up to'} {own[0]} x {own[1]}"
+            raise RunError(f"{model} {works}: --height {nearest[0]} --width {nearest[1]}, not {size[0]} x {size[1]}")
+    if args.lora_target_modules != LORA_TARGETS:  # these every CogVideoX has
+        check_layers(args, config)
+    if args.lora_blocks is not None and block_numbers(args.lora_blocks)[-1] >= config["num_layers"]:
+        raise RunError(f"--lora_blocks {args.lora_blocks}: {model} has the blocks 0-{config['num_layers'] - 1}")
+    frames = frames_4k_plus_1(args.max_num_frames)
+    if frames != args.max_num_frames:
+        logger.warning(f"--max_num_frames {args.max_num_frames} is not 4k+1: {frames} frames are used.")
+    if patch_size_t and args.fps != 16:
+        logger.warning(f"CogVideoX 1.5 makes 16 frames a second: give --fps 16 in place of {args.fps}.")
+    latent_frames = (frames - 1) // 4 + 1
+    if num_padding := -latent_frames % (patch_size_t or 1):
+        padding = f"{latent_frames} latent frames, with {num_padding} of padding before them, as in the pipeline"
+        logger.info(f"{frames} frames are {padding}; {frames + 4 * num_padding} frames would need none.")
+
+
+def check_layers(args: Namespace, transformer_config: dict) -> None:
+    """Refuse names of --lora_target_modules that are no linear layers of the model. Raises RunError."""
+    with torch.device("meta"):
+        modules = CogVideoXTransformer3DModel.from_config(transformer_config).named_modules()
+    linear = [name for name, module in modules if isinstance(module, torch.nn.Linear)]
+    if args.lora_blocks is not None:
+        linear = [name for name in linear if name.startswith("transformer_blocks.")]
+    for name in args.lora_target_modules:
+        if not any(f".{layer}".endswith(f".{name}") for layer in linear):
+            layers = {re.sub(r"^transformer_blocks\.\d+\.(attn1\.)?", "", layer) for layer in linear}
+            nearest = ", ".join(difflib.get_close_matches(name, layers, cutoff=0))
+            model = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+            raise RunError(f"--lora_target_modules: {model} has no layer {name} (nearest: {nearest})")
+
+
+def pretrained_source(args: Namespace, subfolder: str, dtype: torch.dtype | None = None) -> dict:
+    """What `from_pretrained` takes for one component of the model; a `dtype` is for those with weights."""
+    source = {name: getattr(args, name) for name in ("pretrained_model_name_or_path", "revision", "cache_dir")}
+    return source | {"subfolder": subfolder} | ({"variant": args.variant, "dtype": dtype} if dtype else {})
+
+
+def load_transformer(args: Namespace, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
+    """Load the frozen base, straight in the compute dtype, or quantized file by file as it loads."""
+    source, explained = pretrained_source(args, "transformer", dtype), contextlib.nullcontext()
+    if args.quantize_base == "nf4":
+        source["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+        explained = explain("--quantize_base nf4", RuntimeError)
+    with explained:
+        transformer = CogVideoXTransformer3DModel.from_pretrained(**source)
+    recompute = functools.partial(checkpoint, use_reentrant=False)
+    if args.gradient_checkpointing:
+        contexts = recomputation_contexts(args)
+        transformer.enable_gradient_checkpointing(functools.partial(recompute, context_fn=contexts))
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # sizes of clips; each is compiled for training and for sampling
+        torch._dynamo.config.suppress_errors = True  # without a compiler the blocks run as they are; torch prints why
+    for block in transformer.transformer_blocks:
+        block.__class__, block.recompute = CogVideoXBlock, recompute
+        block.num_parts = 8 if args.offload_activations and not args.compile else 1
+        if args.compile:  # for each shape: once for the first block, whose input needs no gradient, and once for all
+            block.compile(dynamic=False)
+    return transformer.requires_grad_(False)
+
+
+def add_lora(
+    transformer: CogVideoXTransformer3DModel, rank: int, lora_alpha: float, layers: list[str] = LORA_TARGETS,
+    blocks: str | None = None,
+) -> list[torch.nn.Parameter]:  # fmt: skip
+    """Add LoRA matrices to `layers`, of all `blocks` or of such as "21-41"; returns them, the only parameters that
+    train, in fp32. No gradient is computed in the blocks before the first one that has them."""
+    config = LoraConfig(r=rank, lora_alpha=lora_alpha, target_modules=layers)
+    numbers = block_numbers(blocks) if blocks is not None else []
+    if 0 < len(numbers) < len(transformer.transformer_blocks):  # all blocks are as none named
+        config.layers_to_transform = numbers
+        # The layers have their full names, which peft looks for first: before 0.21 it found no block by its number.
+        starts = tuple(f"transformer_blocks.{number}." for number in numbers)
+        ends = tuple(f".{layer}" for layer in layers)
+        names = (name for name, _ in transformer.named_modules())
+        config.target_modules = {name for name in names if name.startswith(starts) and name.endswith(ends)}
+    transformer.add_adapter(config)
+    cast_training_params(transformer, dtype=torch.float32)
+    for layer in transformer.modules():
+        if isinstance(layer, LoraLayer):
+            layer.__class__ = LoraLinear
+            layer.lora_A["default"].__class__ = layer.lora_B["default"].__class__ = LoraMatrix
+    return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+
+
+def block_numbers(blocks: str) -> list[int]:
+    """Return the numbers of the blocks of --lora_blocks."""
+    first, last = map(int, blocks.split("-"))
+    return list(range(first, last + 1))
+
+
+class LoraMatrix(torch.nn.Linear):
+    """A matrix of a LoRA: kept in fp32, and applied in the dtype of its input. With `add_to`, it returns that plus
+    `scale` times its product, rounded once."""
+
+    def forward(self, tokens: Tensor, scale: float = 1.0, add_to: Tensor | None = None) -> Tensor:
+        weight = (self.weight * scale).to(tokens.dtype)
+        if add_to is None:
+            return F.linear(tokens, weight)
+        return torch.addmm(add_to.flatten(0, -2), tokens.flatten(0, -2), weight.T).view_as(add_to)
+
+
+class LoraLinear(PeftLinear):
+    """peft's linear layer without its casts of the tokens."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.lora_A["default"](tokens)  # [B, S + V, rank]
+        return self.lora_B["default"](hidden, self.scaling["default"], add_to=self.base_layer(tokens))
+
+
+def lora_parameters(transformer: CogVideoXTransformer3DModel) -> dict[str, torch.nn.Parameter]:
+    """What trains, by the names of the saved file: peft's, without the adapter's name."""
+    trained = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
+    return {name.replace(".default.", "."): parameter for name, parameter in trained.items()}
+
+
+def lora_weights(transformer: CogVideoXTransformer3DModel) -> dict[str, Tensor]:
+    """Return the whole LoRA in fp32 on the CPU, by the names of the saved file. Collective."""
+    weights = {}
+    for name, parameter in lora_parameters(transformer).items():
+        weight = parameter.detach()
+        if hasattr(parameter, "_hp_mapping"):  # a copy in the compute dtype; DeepSpeed has shared out the fp32 one
+            from deepspeed.utils import safe_get_full_fp32_param
+            weight = safe_get_full_fp32_param(parameter)
+        weights[name] = weight.float().cpu()
+    return weights
+
+
+def save_lora(transformer: CogVideoXTransformer3DModel, folder: Path, weights: dict[str, Tensor]) -> None:
+    """Write `weights`, of `lora_weights`, as LORA_FILE into `folder`, complete or not at all. Its metadata makes
+    `pipe.load_lora_weights(folder)` apply alpha / rank, once. Raises RunError, code 1."""
+    config = transformer.peft_config["default"]
+    # No other field of peft's: a version that does not know one of them refuses the file.
+    metadata = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": layer_names(config.target_modules)}
+    if config.layers_to_transform is not None:
+        metadata["layers_to_transform"] = config.layers_to_transform
+    path = folder / LORA_FILE
+    with explain(f"{path} cannot be written", (OSError, SafetensorError), exit_code=1):
+        PIPELINE.save_lora_weights(
+            folder, transformer_lora_layers=weights, weight_name=partial_name(path).name,
+            transformer_lora_adapter_metadata=metadata,
+        )
+        put_in_place(partial_name(path), path)
+
+
+def load_lora(transformer: CogVideoXTransformer3DModel, path: Path) -> None:
+    """Read the file `path` into the LoRA of `transformer`. Raises RunError if they do not fit."""
+    saved = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
+    parameters = lora_parameters(transformer)
+    if {n: tensor.shape for n, tensor in saved.items()} != {n: tensor.shape for n, tensor in parameters.items()}:
+        raise RunError(f"{path} does not fit the layers and the rank of this run")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[name])
+
+
+class CogVideoXBlock(diffusers_cogvideox.CogVideoXBlock):
+    """diffusers' block, to rounding, for video [B, V, D] and text [B, S, D]. It moves half as many bytes:
+    theirs rotates in fp32 copies, writes into slices that autograd clones, and has an operation for each sum."""
+
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None, attention_kwargs: dict | None = None,  # noqa: ARG002
+    ) -> tuple[Tensor, Tensor]:
+        attention, sizes = self.attn1, (encoder_hidden_states.shape[1], hidden_states.shape[1])  # S, V
+        tokens, gate, text_gate = modulate(self.norm1, hidden_states, encoder_hidden_states, temb)  # [B, S + V, D]
+        layers = (attention.to_q, attention.to_k, attention.to_v)
+        query, key, value = (layer(tokens).unflatten(-1, (attention.heads, -1)) for layer in layers)
+        if attention.norm_q is not None:
+            query, key = attention.norm_q(query), attention.norm_k(key)  # [B, S + V, heads, d]
+        if image_rotary_emb is not None:
+            cos, sin = (table[:, None, ::2] for table in image_rotary_emb)  # [V, 1, d/2]: each angle is in it twice
+            query, key = Rotation.apply(query, cos, sin), Rotation.apply(key, cos, sin)
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))  # [B, heads, S + V, d]
+        tokens = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)  # [B, S + V, D]
+        del query, key, value  # else sampling holds them through the feed-forward layers
+        for layer in attention.to_out:
+            tokens = layer(tokens)  # [B, S + V, D]
+        text, video = tokens.split(sizes, dim=1)
+        hidden_states = torch.addcmul(hidden_states, gate, video)  # [B, V, D]
+        encoder_hidden_states = torch.addcmul(encoder_hidden_states, text_gate, text)  # [B, S, D]
+
+        tokens, gate, text_gate = modulate(self.norm2, hidden_states, encoder_hidden_states, temb)  # [B, S + V, D]
+        if self.num_parts > 1:
+            parts = tokens.chunk(self.num_parts, dim=1)
+            tokens = torch.cat([self.recompute(self.ff, part) for part in parts], dim=1)
+        else:
+            tokens = self.ff(tokens)
+        text, video = tokens.split(sizes, dim=1)
+        return torch.addcmul(hidden_states, gate, video), torch.addcmul(encoder_hidden_states, text_gate, text)
+
+
+def modulate(norm_zero: torch.nn.Module, hidden_states: Tensor, text: Tensor, temb: Tensor) -> tuple:
+    """CogVideoXLayerNormZero of video [B, V, D] and text [B, S, D]: [B, S + V, D], and the gates [B, 1, D] of both."""
+    modulation = norm_zero.linear(norm_zero.silu(temb))[:, None]  # [B, 1, 6D]
+    shift, scale, gate, text_shift, text_scale, text_gate = modulation.chunk(6, dim=-1)  # [B, 1, D]
+    text = torch.addcmul(text_shift, norm_zero.norm(text), 1 + text_scale)  # [B, S, D]
+    hidden_states = torch.addcmul(shift, norm_zero.norm(hidden_states), 1 + scale)  # [B, V, D]
+    return torch.cat([text, hidden_states], dim=1), gate, text_gate
+
+
+class Rotation(torch.autograd.Function):
+    """Rotary positions of queries or keys [B, S + V, heads, d], text tokens first: neighbors in d are turned by the
+    angle of their token. cos, sin [V, 1, d/2] are fp32. Its backward pass turns the other way, and needs no input."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        num_text, turned = tensor.shape[1] - len(cos), torch.empty_like(tensor)
+        turned[:, :num_text] = tensor[:, :num_text]
+        real, imaginary = tensor[:, num_text:].unflatten(-1, (-1, 2)).unbind(-1)  # [B, V, heads, d/2]
+        targets = turned[:, num_text:].unflatten(-1, (-1, 2)).unbind(-1)  # [B, V, heads, d/2] each
+        for first, second, sign, target in ((real, imaginary, -1, targets[0]), (imaginary, real, 1, targets[1])):
+            if torch.compiler.is_compiling():  # it cannot write into every second element, and needs not to
+                target.copy_(torch.addcmul(first * cos, second, sin, value=sign))
+            else:
+                torch.addcmul(first * cos, second, sin, value=sign, out=target)  # in fp32, rounded once
+        return turned
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        cos, sin = ctx.saved_tensors
+        return Rotation.apply(grad, cos, -sin), None, None
+
+
+def keep_attention(_context, operation, *_arguments, **_keywords) -> CheckpointPolicy:
+    """Of all that a block computes, recompute everything but attention, whose result is small for its cost."""
+    is_attention = "scaled_dot_product" in operation.__name__ or "_attention_forward" in operation.__name__
+    return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def recomputation_contexts(args: Namespace) -> Callable:
+    """Return what makes the contexts in which a block runs, and runs again in the backward pass."""
+    if args.checkpoint_policy == "full":
+        return noop_context_fn
+    # What is kept stays on the device with --offload_activations, too; torch warns that this may change one day.
+    warnings.filterwarnings("ignore", message="A saved_tensors_hooks context")
+    return functools.partial(create_selective_checkpoint_contexts, keep_attention)
+
+
+def place_transformer(args: Namespace, transformer: CogVideoXTransformer3DModel, device: torch.device) -> None:
+    """Move a transformer with its LoRA to the device; with --offload_base all but the frozen weights of its blocks."""
+    if not args.offload_base:
+        transformer.to(device)
+        return
+    host_blocks = HostBlocks(transformer.transformer_blocks, device, recomputation_contexts(args))
+    transformer.enable_gradient_checkpointing(host_blocks.recompute)
+    for name, module in transformer.named_children():
+        if name != "transformer_blocks":
+            module.to(device)
+
+
+def place_text_encoder(text_encoder: T5EncoderModel, device: torch.device) -> None:
+    """Have T5 compute on the device with two of its blocks there. The table of embeddings stays on the host, and so do
+    token ids: what is looked up in it is moved."""
+    text_encoder.requires_grad_(False)
+    HostBlocks(text_encoder.encoder.block, device, is_pinned=False)
+    text_encoder.encoder.final_layer_norm.to(device)
+    table = text_encoder.get_input_embeddings()
+    table.register_forward_pre_hook(lambda table, inputs: tuple(ids.to(table.weight.device) for ids in inputs))
+    table.register_forward_hook(lambda _table, _inputs, embeds: embeds.to(device))
+
+
+class HostBlocks:
+    """Frozen weights of a model's blocks, which wait in host memory while two blocks are on the device.
+
+    Block i computes from slot i % 2 of the device: its neighbors on both sides are in the other slot. When a block
+    begins, it waits for its weights, and the copy of the block after it starts, in the order of use: upwards in a
+    forward pass, downwards where blocks are recomputed. Copies have a stream of their own. One starts after all that
+    the computation has queued, so that a slot is read to its end before it is written again. Weights are only read:
+    nothing is copied back. Without recomputation they would be overwritten before their backward pass.
+
+    The parameters of the blocks become views of the slots. Whoever moves them (`.to`) breaks that in silence, with
+    plausible losses and no gradients: so each block checks its own when it begins, and raises RuntimeError.
+    """
+
+    def __init__(
+        self, blocks: torch.nn.ModuleList, device: torch.device, context_fn: Callable = noop_context_fn,
+        is_pinned: bool = True,
+    ):  # fmt: skip
+        self.blocks, self.context_fn = list(blocks), context_fn
+        self.streams = torch.get_device_module("cpu" if device.type == "meta" else device)
+        self.copying = self.streams.Stream()
+        self.copied = [self.streams.Event(), self.streams.Event()]  # by slot
+        self.in_slot = [None, None]  # the blocks whose weights are there, or on their way
+        self.current = None  # the block that began last
+        frozen = [[t for t in (*block.parameters(), *block.buffers()) if not t.requires_grad] for block in self.blocks]
+        sizes = [sum(self.padded(tensor.nbytes) for tensor in tensors) for tensors in frozen]
+        self.slots = [torch.empty(max(sizes), dtype=torch.uint8, device=device) for _ in range(2)]
+        self.on_host, self.places = [], []
+        for index, (block, tensors, size) in enumerate(zip(self.blocks, frozen, sizes, strict=True)):
+            # torch rounds pinned memory up to a power of two: for a 5B 1 % more, tensor by tensor 76 %.
+            buffer = host_memory((size,), torch.uint8, device, is_pinned)
+            start, places = 0, []
+            for tensor in tensors:
+                self.view(buffer, start, tensor).copy_(tensor)
+                place = self.view(self.slots[index % 2], start, tensor)
+                tensor.data = place
+                places.append((tensor, place.data_ptr()))
+                start += self.padded(tensor.nbytes)
+            for parameter in block.parameters():
+                if parameter.requires_grad:  # the LoRA's
+                    parameter.data = parameter.data.to(device)
+            self.on_host.append(buffer)
+            self.places.append(places)
+            block.register_forward_pre_hook(lambda block, _inputs: self.begin(block))
+
+    @staticmethod
+    def padded(size: int) -> int:
+        """Return the room in bytes for `size` bytes: kernels read aligned weights faster."""
+        return math.ceil(size / 256) * 256
+
+    @staticmethod
+    def view(buffer: Tensor, start: int, like: Tensor) -> Tensor:
+        """Return bytes of `buffer` as a tensor of another one's dtype and shape."""
+        return buffer[start : start + like.nbytes].view(like.dtype).view(like.shape)
+
+    def transfer(self, slot: Tensor, buffer: Tensor) -> None:
+        """Copy the weights of a block to the device."""
+        slot[: len(buffer)].copy_(buffer, non_blocking=True)
+
+    def fetch(self, index: int) -> None:
+        """Start to copy the weights of block `index`, if it exists and they are not there or on their way."""
+        number = index % 2
+        if not 0 <= index < len(self.blocks) or self.in_slot[number] == index:
+            return
+        self.copying.wait_stream(self.streams.current_stream())
+        with self.streams.stream(self.copying):
+            self.transfer(self.slots[number], self.on_host[index])
+            self.copied[number].record()
+        self.in_slot[number] = index
+
+    def begin(self, block: torch.nn.Module) -> None:
+        """Have the weights of a block on the device, and those of the next one on their way."""
+        index = self.blocks.index(block)
+        if any(tensor.data_ptr() != place for tensor, place in self.places[index]):
+            raise RuntimeError(f"--offload_base: the weights of block {index} are not where they are copied to")
+        if index == self.current:
+            return
+        is_forward = self.current is None or index > self.current or index == 0
+        self.fetch(index)
+        self.streams.current_stream().wait_event(self.copied[index % 2])
+        self.current = index
+        self.fetch(index + 1 if is_forward else index - 1)
+
+    @contextlib.contextmanager
+    def begun(self, block: torch.nn.Module, context) -> Iterator[None]:
+        """Begin a block before a context of its recomputation, which watches operations: copies are none of them."""
+        self.begin(block)
+        with context:
+            yield
+
+    def contexts(self, block: torch.nn.Module) -> tuple:
+        """Return the contexts in which a block runs, and runs again in the backward pass."""
+        return tuple(self.begun(block, context) for context in self.context_fn())
+
+    def recompute(self, block: torch.nn.Module, *inputs):
+        """Run a block that is run again in the backward pass: for `enable_gradient_checkpointing`."""
+        contexts = functools.partial(self.contexts, block)
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+def host_memory(size: tuple[int, ...], dtype: torch.dtype, device: torch.device, is_pinned: bool = True) -> Tensor:
+    """Return an empty tensor in host memory, for copies from and to `device`; the computation waits for them where it
+    cannot be pinned. For the meta device it has no memory."""
+    if device.type == "cuda" and is_pinned:
+        try:
+            return torch.empty(size, dtype=dtype, pin_memory=True)
+        except RuntimeError as error:  # there is a limit to locked memory, as in many containers (ulimit -l)
+            log_warning_once(f"Host memory cannot be pinned, so copies take longer: {str(error).splitlines()[0]}")
+    return torch.empty(size, dtype=dtype, device="meta" if device.type == "meta" else "cpu")
+
+
+def to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
+    """Copy to host memory what the forward pass saves. The copy is queued with the computation, which is why the
+    device's memory can be used again at once, and why nothing waits for it."""
+    host = host_memory(tensor.shape, tensor.dtype, tensor.device)
+    return tensor.device, host.copy_(tensor, non_blocking=True)
+
+
+def to_device(saved: tuple[torch.device, Tensor]) -> Tensor:
+    """Copy what `to_host` returned back to its device."""
+    device, host = saved
+    return host.to(device, non_blocking=True)
+
+
+def saving_activations(args: Namespace) -> contextlib.AbstractContextManager:
+    """Return what a forward pass is run in: with --offload_activations, what it saves waits in host memory."""
+    if args.offload_activations:
+        return saved_tensors_hooks(to_host, to_device)
+    return contextlib.nullcontext()
+
+
+def load_vae(args: Namespace, dtype: torch.dtype) -> AutoencoderKLCogVideoX:
+    vae = AutoencoderKLCogVideoX.from_pretrained(**pretrained_source(args, "vae", dtype))
+    vae.use_slicing, vae.use_tiling = args.enable_slicing, args.enable_tiling
+    return vae.requires_grad_(False).eval()
+
+
+def needs_tiles(args: Namespace, accelerator: Accelerator, size: float) -> bool:
+    """Return whether the VAE works in tiles, where whole frames take `size` bytes with all else: with --offload_base,
+    and where that is too much for the smallest card of all processes. What other programs hold at the moment does not
+    count, since what depends on the answer must not change from one run to the next. Collective."""
+    return args.offload_base or min(gather(device_memory(accelerator.device))) < size + OTHER_MEMORY
+
+
+def device_memory(device: torch.device) -> float:
+    """Return the bytes that a GPU has in all; infinity for the CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+
+
+def free_memory(device: torch.device) -> float:
+    """Return the bytes that are free on a GPU, those that torch keeps for later included; infinity for the CPU."""
+    if device.type != "cuda":
+        return math.inf
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
 # ---- Data -----------------------------------------------------------------------------------------------------------
 
 
@@ -577,6 +1276,99 @@ class VideoRecord(NamedTuple):
     def content_hash(self) -> str:
         """Return what tells one clip from another, wherever it is."""
         return content_hash(self.source())
+
+
+class VideoDataset(Dataset):
+    """Clips with captions, decoded on access.
+
+    Items are {"instance_prompt": str, "instance_video": float32 [F, C, H, W] in [-1, 1] with F = 4k+1, "kept":
+    float32 [2], the parts of its time and of its frames' area that are used, "notes": what was converted}. The
+    constructor opens no video. It raises RunError for a data source that cannot work, with all missing files.
+    """
+
+    def __init__(
+        self, instance_data_root: str | None = None, dataset_name: str | None = None,
+        dataset_config_name: str | None = None, caption_column: str = "text", video_column: str = "video",
+        height: int = 480, width: int = 720, video_reshape_mode: str = "center", fps: int = 8,
+        max_num_frames: int = 49, skip_frames_start: int = 0, skip_frames_end: int = 0, cache_dir: str | None = None,
+        id_token: str | None = None, frame_sampling: str = "stride", seed: int | None = None,
+        buckets: list[tuple[int, int, int]] | None = None, video_reader: str = "pyav",
+    ):
+        if dataset_name is not None:
+            source = (dataset_name, dataset_config_name, instance_data_root, caption_column, video_column, cache_dir)
+            self.records = read_dataset(*source)
+        elif not Path(instance_data_root or "", caption_column).is_file():
+            self.records = read_captions_beside(Path(instance_data_root or ""), caption_column)
+        else:  # line i of one file belongs to line i of the other
+            files = [Path(instance_data_root or "", column) for column in (caption_column, video_column)]
+            captions, videos = map(read_lines, files)
+            if len(captions) != len(videos):
+                lengths = f"{files[0]} has {len(captions)} lines, {files[1]} has {len(videos)}"
+                raise RunError(f"captions and videos do not pair up: {lengths}")
+            paths = [str(Path(instance_data_root or "") / video) for video in videos]
+            self.records = [VideoRecord(*pair) for pair in zip(captions, paths, strict=True)]
+        if not self.records:
+            raise RunError(f"no clips in {dataset_name or instance_data_root}: its captions and videos are empty")
+        if missing := [r.path for r in self.records if r.read_bytes is None and not Path(r.path).is_file()]:
+            raise RunError(f"{len(missing)} of {len(self.records)} videos are missing:\n{listing(missing)}")
+        self.buckets = buckets or [(max_num_frames, height, width)]
+        one_size = {"height": height, "width": width, "max_num_frames": max_num_frames}
+        self.settings = {  # what changes no pixel is left out, for the cache's key
+            "video_reshape_mode": video_reshape_mode, "skip_frames_start": skip_frames_start,
+            "skip_frames_end": skip_frames_end, "frame_sampling": frame_sampling, "video_reader": video_reader,
+        } | ({"buckets": buckets} if buckets else one_size) | ({"fps": fps} if frame_sampling == "fps" else {})
+        if video_reshape_mode in ("random", "none"):
+            self.settings["seed"] = seed
+        self.id_token = (id_token or "").strip()
+        self.instance_prompts = [record.caption for record in self.records]
+        self.instance_video_paths = [Path(record.path) for record in self.records]
+        self.num_instance_videos = len(self.records)
+
+    def __len__(self) -> int:
+        return self.num_instance_videos
+
+    def prompt(self, index: int) -> str:
+        """What the text encoder is given for clip `index`: the trigger word, one space, the caption."""
+        return f"{self.id_token} {self.instance_prompts[index]}".strip()
+
+    def choose(self, index: int, is_in_order: bool = False) -> tuple[Clip, list[int], tuple[int, int], Tensor]:
+        """What is taken of clip `index`: the clip, the indices of its frames, H and W, and `kept`. Raises ValueError,
+        TimesDiffer, and what decord and PIL raise."""
+        record, s = self.records[index], self.settings
+        clip = open_clip(record, s["video_reader"], is_in_order)
+        num_frames = len(clip.times) - 1
+        sampling = s["frame_sampling"] if num_frames > 1 else "stride"
+        options = (s["skip_frames_start"], s["skip_frames_end"], sampling, clip.times, s.get("fps", 8))
+        available = len(select_frames(num_frames, num_frames, *options))
+        max_num_frames, height, width = choose_bucket(self.buckets, available, *clip.size)
+        indices = select_frames(num_frames, max_num_frames, *options)
+        time_kept = (indices[-1] - indices[0] + 1) / max(1, num_frames - s["skip_frames_start"] - s["skip_frames_end"])
+        aspects = sorted((clip.size[0] / clip.size[1], height / width))
+        area_kept = 1.0 if s["video_reshape_mode"] == "stretch" else aspects[0] / aspects[1]
+        return clip, indices, (height, width), torch.tensor([time_kept, area_kept])  # [2]
+
+    def __getitem__(self, index: int) -> dict:
+        """Raises ValueError, and what decord and PIL raise."""
+        try:
+            return self.item(index)
+        except TimesDiffer:
+            return self.item(index, is_in_order=True)
+
+    def item(self, index: int, is_in_order: bool = False) -> dict:
+        """Decode clip `index`, or raise what `choose` does."""
+        clip, indices, (height, width), kept = self.choose(index, is_in_order)
+        position = None
+        if "seed" in self.settings:
+            # Drawn from seed and content, not from a stream: the crop stays when clips are added, reordered or moved.
+            draw = random.Random(f"{self.settings['seed']}:{self.records[index].content_hash()}")
+            position = (draw.random(), draw.random())
+        video = torch.empty(len(indices), 3, height, width)  # [F, C, H, W]
+        for start in range(0, len(indices), 8):  # few at a time: 49 frames of 4K as floats are 5 GB
+            frames = torch.from_numpy(clip.read(indices[start : start + 8]))  # [8, H0, W0, C] uint8
+            frames = (frames.permute(0, 3, 1, 2).float() - 127.5) / 127.5  # [8, C, H0, W0]
+            mode = self.settings["video_reshape_mode"]
+            video[start : start + 8] = resize_and_crop(frames, height, width, mode, position)
+        return {"instance_prompt": self.prompt(index), "instance_video": video, "kept": kept, "notes": clip.notes}
 
 
 def read_lines(path: Path) -> list[str]:
@@ -649,11 +1441,6 @@ def read_dataset(
     return records
 
 
-def frames_4k_plus_1(count: int) -> int:
-    """The largest F = 4k+1 within `count` >= 1 frames: the VAE makes latent frames of 1, then of 4 frames each."""
-    return (count - 1) // 4 * 4 + 1
-
-
 def select_frames(
     num_frames: int, max_num_frames: int, skip_frames_start: int = 0, skip_frames_end: int = 0,
     frame_sampling: str = "stride", times: list[float] | None = None, fps: float = 8,
@@ -675,6 +1462,20 @@ def select_frames(
     else:
         indices = list(range(first, end, max(1, available // max_num_frames)))[:max_num_frames]
     return indices[: frames_4k_plus_1(len(indices))]
+
+
+def frames_4k_plus_1(count: int) -> int:
+    """The largest F = 4k+1 within `count` >= 1 frames: the VAE makes latent frames of 1, then of 4 frames each."""
+    return (count - 1) // 4 * 4 + 1
+
+
+def choose_bucket(buckets: list[tuple[int, int, int]], num_frames: int, height: int, width: int) -> tuple:
+    """The bucket (F, H, W) that keeps most of a clip: of those with the nearest aspect, the one with the most frames
+    that the clip fills, or the shortest one. One-frame buckets are for pictures, if there are others."""
+    pool = [b for b in buckets if (b[0] == 1) == (num_frames == 1)] or buckets
+    distance = {b: round(abs(math.log(b[1] * width / (b[2] * height))), 6) for b in pool}
+    nearest = [b for b in pool if distance[b] == min(distance.values())]
+    return max((b for b in nearest if b[0] <= num_frames), default=min(nearest))
 
 
 def resize_and_crop(
@@ -700,59 +1501,6 @@ def resize_and_crop(
     return frames[..., top : top + height, left : left + width].clamp(-1, 1)  # [F, C, H, W]
 
 
-def choose_bucket(buckets: list[tuple[int, int, int]], num_frames: int, height: int, width: int) -> tuple:
-    """The bucket (F, H, W) that keeps most of a clip: of those with the nearest aspect, the one with the most frames
-    that the clip fills, or the shortest one. One-frame buckets are for pictures, if there are others."""
-    pool = [b for b in buckets if (b[0] == 1) == (num_frames == 1)] or buckets
-    distance = {b: round(abs(math.log(b[1] * width / (b[2] * height))), 6) for b in pool}
-    nearest = [b for b in pool if distance[b] == min(distance.values())]
-    return max((b for b in nearest if b[0] <= num_frames), default=min(nearest))
-
-
-def start_and_end(source: str | io.BytesIO) -> tuple[int, bytes, bytes]:
-    """Return the size of a file, or of bytes in memory, with its first MiB and its last one."""
-    with contextlib.nullcontext(source) if isinstance(source, io.BytesIO) else open(source, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        start = file.read(2**20)
-        file.seek(max(0, size - 2**20))
-        return size, start, file.read(2**20)
-
-
-def content_hash(source: str | io.BytesIO) -> str:
-    """Return a hash of the size of a file, of its first MiB and of its last one."""
-    size, start, end = start_and_end(source)
-    return hashlib.sha256(b"%d " % size + start + end).hexdigest()
-
-
-def what_it_is(source: str | io.BytesIO) -> str:
-    """Say by its content what a file is that cannot be read, and what to do about it."""
-    size, start, _ = start_and_end(source)
-    if size == 0:
-        return "it is empty"
-    if start.startswith(b"version https://git-lfs"):
-        return "it is a git-lfs pointer in place of the file: run git lfs pull"
-    if start[4:8] == b"ftyp":
-        if start[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
-            return "it is a HEIC picture, which cannot be read: magick FILE picture.jpg converts it"
-        return "it has no index (moov): it is truncated, or its recording was interrupted"
-    if re.match(rb"\s*<(!doctype|html)", start, re.IGNORECASE):
-        return "it is a web page (HTML) and no video: download the file itself"
-    with contextlib.suppress(UnicodeDecodeError):
-        if "\0" not in codecs.getincrementaldecoder("utf-8")().decode(start):
-            return "it is text and no video"
-    return f"it is no video or picture that can be read; {CONVERT}"
-
-
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """Return a picture of any mode as RGB: upright, and on white where it is transparent."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits of grey, which `convert` would clip to 8
-        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-
-
 @dataclasses.dataclass
 class Clip:
     """A video, upright and with square pixels; a picture is a video of one frame.
@@ -767,33 +1515,24 @@ class Clip:
     notes: list[str]
 
 
-def open_picture(source: str | io.BytesIO) -> Clip:
-    """Open a picture, or an animated one (WebP, PNG, AVIF). Raises ValueError."""
-    try:
-        image = Image.open(source)
-    except UnidentifiedImageError as error:
-        raise ValueError(what_it_is(source)) from error
-    is_animated = image.format in ("WEBP", "PNG", "AVIF") and image.is_animated
-    first = 1 if is_animated and image.info.get("default_image") else 0  # it is for those who cannot show the others
-    times = [0.0]
-    for index in range(first, image.n_frames if is_animated else 1):
-        image.seek(index)
-        image.load()
-        times.append(times[-1] + (image.info.get("duration") or 100) / 1000)
-
-    def read(indices: list[int]) -> np.ndarray:
-        frames = {}
-        with Image.open(source) as image:  # opened again: PIL cannot go back in every animated PNG
-            for index in sorted(set(indices)):
-                image.seek(first + index)
-                frames[index] = np.asarray(upright_rgb(image))
-        return np.stack([frames[index] for index in indices])
-
-    return Clip(times, read([0]).shape[1:3], read, ["animated picture"] if is_animated else [])
-
-
-class TimesDiffer(Exception):
-    """The decoder gives frames at other times than their container tells."""
+def open_clip(record: VideoRecord, video_reader: str = "pyav", is_in_order: bool = False) -> Clip:
+    """Open the clip of a record. `is_in_order` decodes a video from its start, and trusts no times of the container.
+    Raises ValueError, TimesDiffer, and what decord and PIL raise."""
+    suffix = Path(record.path.rstrip(")")).suffix.lower()  # of a row of a data set it stands in brackets
+    if suffix in HEIC_TYPES:
+        raise ValueError("HEIC pictures cannot be read: magick FILE picture.jpg converts one")
+    source = record.source()
+    if suffix in PICTURE_TYPES | {".apng"}:
+        return open_picture(source)
+    if video_reader == "decord":
+        return open_with_decord(source)
+    video = VideoFile(source, is_in_order)
+    times = video.times()
+    shown = sorted(np.diff(times[:-1]))
+    notes = list(video.notes)
+    if len(shown) > 1 and shown[len(shown) // 20] * 1.5 < shown[-1 - len(shown) // 20]:
+        notes.append("variable frame rate")
+    return Clip(times, video.size, video.read, notes)
 
 
 class VideoFile:
@@ -1028,6 +1767,10 @@ class VideoFile:
         return [float((time - pts[0]) * self.stream.time_base) for time in [*pts, end]]
 
 
+class TimesDiffer(Exception):
+    """The decoder gives frames at other times than their container tells."""
+
+
 def open_with_decord(source: str | io.BytesIO) -> Clip:
     """Open a video as the original scripts did, with all that decord gets wrong."""
     import decord
@@ -1047,986 +1790,76 @@ def open_with_decord(source: str | io.BytesIO) -> Clip:
     return Clip(times, read([0]).shape[1:3], read, [])
 
 
-def open_clip(record: VideoRecord, video_reader: str = "pyav", is_in_order: bool = False) -> Clip:
-    """Open the clip of a record. `is_in_order` decodes a video from its start, and trusts no times of the container.
-    Raises ValueError, TimesDiffer, and what decord and PIL raise."""
-    suffix = Path(record.path.rstrip(")")).suffix.lower()  # of a row of a data set it stands in brackets
-    if suffix in HEIC_TYPES:
-        raise ValueError("HEIC pictures cannot be read: magick FILE picture.jpg converts one")
-    source = record.source()
-    if suffix in PICTURE_TYPES | {".apng"}:
-        return open_picture(source)
-    if video_reader == "decord":
-        return open_with_decord(source)
-    video = VideoFile(source, is_in_order)
-    times = video.times()
-    shown = sorted(np.diff(times[:-1]))
-    notes = list(video.notes)
-    if len(shown) > 1 and shown[len(shown) // 20] * 1.5 < shown[-1 - len(shown) // 20]:
-        notes.append("variable frame rate")
-    return Clip(times, video.size, video.read, notes)
-
-
-class VideoDataset(Dataset):
-    """Clips with captions, decoded on access.
-
-    Items are {"instance_prompt": str, "instance_video": float32 [F, C, H, W] in [-1, 1] with F = 4k+1, "kept":
-    float32 [2], the parts of its time and of its frames' area that are used, "notes": what was converted}. The
-    constructor opens no video. It raises RunError for a data source that cannot work, with all missing files.
-    """
-
-    def __init__(
-        self, instance_data_root: str | None = None, dataset_name: str | None = None,
-        dataset_config_name: str | None = None, caption_column: str = "text", video_column: str = "video",
-        height: int = 480, width: int = 720, video_reshape_mode: str = "center", fps: int = 8,
-        max_num_frames: int = 49, skip_frames_start: int = 0, skip_frames_end: int = 0, cache_dir: str | None = None,
-        id_token: str | None = None, frame_sampling: str = "stride", seed: int | None = None,
-        buckets: list[tuple[int, int, int]] | None = None, video_reader: str = "pyav",
-    ):
-        if dataset_name is not None:
-            source = (dataset_name, dataset_config_name, instance_data_root, caption_column, video_column, cache_dir)
-            self.records = read_dataset(*source)
-        elif not Path(instance_data_root or "", caption_column).is_file():
-            self.records = read_captions_beside(Path(instance_data_root or ""), caption_column)
-        else:  # line i of one file belongs to line i of the other
-            files = [Path(instance_data_root or "", column) for column in (caption_column, video_column)]
-            captions, videos = map(read_lines, files)
-            if len(captions) != len(videos):
-                lengths = f"{files[0]} has {len(captions)} lines, {files[1]} has {len(videos)}"
-                raise RunError(f"captions and videos do not pair up: {lengths}")
-            paths = [str(Path(instance_data_root or "") / video) for video in videos]
-            self.records = [VideoRecord(*pair) for pair in zip(captions, paths, strict=True)]
-        if not self.records:
-            raise RunError(f"no clips in {dataset_name or instance_data_root}: its captions and videos are empty")
-        if missing := [r.path for r in self.records if r.read_bytes is None and not Path(r.path).is_file()]:
-            raise RunError(f"{len(missing)} of {len(self.records)} videos are missing:\n{listing(missing)}")
-        self.buckets = buckets or [(max_num_frames, height, width)]
-        one_size = {"height": height, "width": width, "max_num_frames": max_num_frames}
-        self.settings = {  # what changes no pixel is left out, for the cache's key
-            "video_reshape_mode": video_reshape_mode, "skip_frames_start": skip_frames_start,
-            "skip_frames_end": skip_frames_end, "frame_sampling": frame_sampling, "video_reader": video_reader,
-        } | ({"buckets": buckets} if buckets else one_size) | ({"fps": fps} if frame_sampling == "fps" else {})
-        if video_reshape_mode in ("random", "none"):
-            self.settings["seed"] = seed
-        self.id_token = (id_token or "").strip()
-        self.instance_prompts = [record.caption for record in self.records]
-        self.instance_video_paths = [Path(record.path) for record in self.records]
-        self.num_instance_videos = len(self.records)
-
-    def __len__(self) -> int:
-        return self.num_instance_videos
-
-    def prompt(self, index: int) -> str:
-        """What the text encoder is given for clip `index`: the trigger word, one space, the caption."""
-        return f"{self.id_token} {self.instance_prompts[index]}".strip()
-
-    def choose(self, index: int, is_in_order: bool = False) -> tuple[Clip, list[int], tuple[int, int], Tensor]:
-        """What is taken of clip `index`: the clip, the indices of its frames, H and W, and `kept`. Raises ValueError,
-        TimesDiffer, and what decord and PIL raise."""
-        record, s = self.records[index], self.settings
-        clip = open_clip(record, s["video_reader"], is_in_order)
-        num_frames = len(clip.times) - 1
-        sampling = s["frame_sampling"] if num_frames > 1 else "stride"
-        options = (s["skip_frames_start"], s["skip_frames_end"], sampling, clip.times, s.get("fps", 8))
-        available = len(select_frames(num_frames, num_frames, *options))
-        max_num_frames, height, width = choose_bucket(self.buckets, available, *clip.size)
-        indices = select_frames(num_frames, max_num_frames, *options)
-        time_kept = (indices[-1] - indices[0] + 1) / max(1, num_frames - s["skip_frames_start"] - s["skip_frames_end"])
-        aspects = sorted((clip.size[0] / clip.size[1], height / width))
-        area_kept = 1.0 if s["video_reshape_mode"] == "stretch" else aspects[0] / aspects[1]
-        return clip, indices, (height, width), torch.tensor([time_kept, area_kept])  # [2]
-
-    def __getitem__(self, index: int) -> dict:
-        """Raises ValueError, and what decord and PIL raise."""
-        try:
-            return self.item(index)
-        except TimesDiffer:
-            return self.item(index, is_in_order=True)
-
-    def item(self, index: int, is_in_order: bool = False) -> dict:
-        """Decode clip `index`, or raise what `choose` does."""
-        clip, indices, (height, width), kept = self.choose(index, is_in_order)
-        position = None
-        if "seed" in self.settings:
-            # Drawn from seed and content, not from a stream: the crop stays when clips are added, reordered or moved.
-            draw = random.Random(f"{self.settings['seed']}:{self.records[index].content_hash()}")
-            position = (draw.random(), draw.random())
-        video = torch.empty(len(indices), 3, height, width)  # [F, C, H, W]
-        for start in range(0, len(indices), 8):  # few at a time: 49 frames of 4K as floats are 5 GB
-            frames = torch.from_numpy(clip.read(indices[start : start + 8]))  # [8, H0, W0, C] uint8
-            frames = (frames.permute(0, 3, 1, 2).float() - 127.5) / 127.5  # [8, C, H0, W0]
-            mode = self.settings["video_reshape_mode"]
-            video[start : start + 8] = resize_and_crop(frames, height, width, mode, position)
-        return {"instance_prompt": self.prompt(index), "instance_video": video, "kept": kept, "notes": clip.notes}
-
-
-# ---- Processes ------------------------------------------------------------------------------------------------------
-
-
-def is_first_process() -> bool:
-    """Before accelerate is set up, and for the log."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def write_row(path: Path, row: dict) -> None:
-    """Add a line of JSON, with the peak of device memory in bytes since the last such line (on the CPU: of host memory
-    in all)."""
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    # JSON has no NaN or Infinity: they become null, which every reader takes.
-    row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} | {"memory": peak}
-    with attempt(f"Writing {path.name}"), path.open("a") as file:
-        file.write(f"{json.dumps(row)}\n")
-
-
-@contextlib.contextmanager
-def stage(args: Namespace, name: str, step: int = 0) -> Iterator[None]:
-    """A part of the run whose duration is noted in stages.jsonl."""
-    started = time.perf_counter()
-    yield
-    if is_first_process():
-        row = {"step": step, "stage": name, "seconds": round(time.perf_counter() - started, 3)}
-        write_row(Path(args.output_dir, "stages.jsonl"), row)
-
-
-class ProgressLog(tqdm):
-    """A progress bar for log files: a line at the first and the last item, and every 10 seconds between."""
-
-    def display(self, *_arguments, **_keywords) -> None:
-        if self.n > self.last_print_n:
-            logger.info(str(self))
-
-
-def progress_bar(**keywords) -> tqdm:
-    """Progress of the first process: a bar on a terminal, else lines of the log."""
-    if not is_first_process() or sys.stderr.isatty():
-        return tqdm(disable=not is_first_process(), **keywords)
-    line = "{desc}: {n_fmt} of {total_fmt}, {elapsed} elapsed, {remaining} remaining, {rate_fmt}{postfix}"
-    bar = ProgressLog(file=io.StringIO(), bar_format=line, mininterval=10, miniters=1, smoothing=0, **keywords)
-    bar.last_print_t = -math.inf  # the first item is due at once
-    return bar
-
-
-def set_up_logging() -> None:
-    """Set up one log, of the first process and of the others' errors; of the libraries, what a user can act on. Its
-    lines are kept for the log file, which does not exist yet."""
-    # tqdm's own lock is a semaphore that forked processes share: a decoding process that is killed could keep it.
-    tqdm.set_lock(threading.RLock())
-    level = logging.WARNING if is_first_process() else logging.ERROR
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=level)
-    logger.setLevel(logging.INFO if is_first_process() else logging.ERROR)
-    logger.addHandler(logging.handlers.MemoryHandler(capacity=10_000, flushLevel=sys.maxsize))
-    if not (is_first_process() and sys.stderr.isatty()):
-        for library in (diffusers.utils.logging, transformers.utils.logging):
-            library.disable_progress_bar()
-        disable_progress_bars()  # the Hub's
-
-
-def log_file_name(rank: int) -> str:
-    """Return the name of a process's log in the output folder. Processes after the first log errors only."""
-    return f"train.rank{rank}.log" if rank else "train.log"
-
-
-def log_to_file(output_dir: Path) -> None:
-    """Write the log of this process to a file of its own, too, from its first line on. The files of processes after
-    the first appear with their first error. Raises RunError."""
-    rank = int(os.environ.get("RANK", 0))
-    with explain("--output_dir cannot be written", OSError):
-        log_file = logging.FileHandler(output_dir / log_file_name(rank), delay=rank > 0)
-    log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    for handler in logger.handlers:
-        if isinstance(handler, logging.handlers.MemoryHandler):
-            handler.setTarget(log_file)
-            handler.close()  # hands over its lines
-    logger.handlers = [log_file]
-
-
-def last_errors(output_dir: Path) -> list[str]:
-    """Return the errors of this run that the logs of other processes end with, each with its rank. Those of processes
-    that have only noticed the end of another one tell nothing."""
-    found = []
-    for rank in range(int(os.environ.get("WORLD_SIZE", 1))):
-        if rank == int(os.environ.get("RANK", 0)):
-            continue
-        path = output_dir / log_file_name(rank)
-        with contextlib.suppress(OSError):  # no such log, or no such folder
-            is_of_this_run = path.stat().st_mtime >= (output_dir / "run.json").stat().st_mtime
-            records = re.split(r"^(?=\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} )", path.read_text().strip(), flags=re.M)
-            _, is_error, message = records[-1].partition(" ERROR ")
-            if is_of_this_run and is_error and not message.startswith(OTHER_LOST):
-                found.append(f"rank {rank} ended: {message} ({path})")
-    return found
-
-
-class StopSignal:
-    """While it is installed, it notes SIGINT and SIGTERM: the loop finishes its step and writes a checkpoint. A second
-    signal ends the process. Within a second it counts as the first one, which launchers pass on."""
-
-    number, noted_at = 0, 0.0
-
-    @contextlib.contextmanager
-    def installed(self) -> Iterator[None]:
-        handlers = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
-        yield
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-    def note(self, number: int, _frame) -> None:
-        if self.number and time.monotonic() - self.noted_at > 1:
-            os._exit(128 + number)
-        self.number, self.noted_at = self.number or number, self.noted_at or time.monotonic()
-
-
-# Where processes wait while others encode or sample, which may take hours; a collective of the default group gives up
-# after --nccl_timeout seconds. A lost process is noticed at once.
-waiting_group = functools.cache(functools.partial(dist.new_group, backend="gloo", timeout=timedelta(days=1)))
-
-
-def gather(value=None) -> list:
-    """Wait for all processes; returns the `value` of each, by rank. Raises, in all of them, a RunError among them."""
-    values = [value]
-    if dist.is_initialized():
-        values = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value, group=waiting_group())
-    for error in (value for value in values if isinstance(value, RunError)):
-        error.is_shared = True
-        raise error
-    return values
-
-
-@contextlib.contextmanager
-def shared_work() -> Iterator[None]:
-    """Work of which each process does its share: it ends when all have done theirs, or with the RunError of one."""
-    problem = None
+def open_picture(source: str | io.BytesIO) -> Clip:
+    """Open a picture, or an animated one (WebP, PNG, AVIF). Raises ValueError."""
     try:
-        yield
-    except RunError as error:
-        problem = error
-    gather(problem)
-
-
-def in_first(action: Callable, *arguments):
-    """What `action` returns in the first process, the only one that does it. All raise a RunError that it raises."""
-    with shared_work():
-        value = action(*arguments) if is_first_process() else None
-    return gather(value)[0]
-
-
-def get_accelerator(args: Namespace) -> tuple[Accelerator, str]:
-    """Accelerate as the flags and its own configuration set it, and the name of its engine: "replicated" where each
-    process has all that trains. Raises RunError for an engine that is gone, or settings that do not fit."""
-    gone = "which is gone: take accelerate_configs/multi_gpu.yaml with --offload_base"
-    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        raise RunError(f"accelerate's configuration asks for FSDP, {gone}")
-    folders = ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir))
-    timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=args.nccl_timeout))
-    # As a view, gradients take their memory once. The buffers are positions, up to 68 MB and equal in all processes.
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
-    autocast = AutocastKwargs(enabled=False)  # the base computes in its own dtype, as in the pipeline
-    with explain("accelerate's configuration and these flags do not fit", (ValueError, ImportError)):
-        accelerator = Accelerator(
-            gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=args.mixed_precision,
-            log_with=args.report_to, project_config=folders, kwargs_handlers=[timeout, ddp, autocast],
-            step_scheduler_with_optimizer=False,  # accelerate would step the schedule once a process
-        )
-    if accelerator.mixed_precision not in DTYPES:
-        raise RunError(f"accelerate's configuration says {accelerator.mixed_precision}: give --mixed_precision")
-    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
-        raise RunError("the launcher has started several processes, but each is alone: torch sees no GPU (nvidia-smi)")
-    if (steps := accelerator.gradient_accumulation_steps) != args.gradient_accumulation_steps:
-        raise RunError(f"accelerate's configuration says {steps}: give the same --gradient_accumulation_steps")
-    if accelerator.distributed_type != DistributedType.DEEPSPEED:
-        return accelerator, "replicated"
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin.zero_stage == 3:
-        raise RunError(f"accelerate's configuration asks for DeepSpeed ZeRO-3, {gone}")
-    if args.quantize_base or args.compile or args.offload_base:
-        raise RunError("--quantize_base, --compile and --offload_base do not work with DeepSpeed")
-    config = plugin.deepspeed_config
-    config["train_micro_batch_size_per_gpu"] = args.train_batch_size
-    config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
-    config["gradient_clipping"] = args.max_grad_norm  # accelerate leaves clipping to DeepSpeed
-    config["zero_force_ds_cpu_optimizer"] = False  # the optimizer is the one of --optimizer, offloaded too
-    # DeepSpeed computes with a copy of the LoRA in the compute dtype; it learns and sums gradients in fp32.
-    config["communication_data_type"] = "fp32"
-    config["data_types"] = config.get("data_types", {}) | {"grad_accum_dtype": "fp32"}
-    return accelerator, f"deepspeed zero{plugin.zero_stage}"
-
-
-def log_device(accelerator: Accelerator) -> None:
-    """Log what computes: the device, its memory, the compute dtype and the kernel that torch takes for attention. Warn
-    of a CPU that nobody asked for."""
-    device, dtype = accelerator.device, DTYPES[accelerator.mixed_precision]
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        name, memory = properties.name, properties.total_memory
-    else:
-        name, memory = device.type.upper(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    query = torch.zeros(1, 1, 128, 64, dtype=dtype, device=device, requires_grad=True)  # [B, heads, S, d]
-    backward_name = F.scaled_dot_product_attention(query, query, query).grad_fn.name()
-    kernel = re.match(r"ScaledDotProduct(\w+?)Attention", backward_name)
-    kernel = kernel[1].lower() if kernel else "unfused"
-    dtype_name = accelerator.mixed_precision.replace("no", "fp32")
-    logger.info(f"Device: {name}, {memory / 2**30:.1f} GiB, {dtype_name}, {kernel} attention")
-    if device.type == "cpu" and not parse_flag_from_env("ACCELERATE_USE_CPU"):
-        build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs only: install a CUDA build"
-        logger.warning(
-            "torch sees no GPU, so the training runs on the CPU, where a step of a published model takes an hour or "
-            f"more. Check that `nvidia-smi` lists the GPU (the driver), that CUDA_VISIBLE_DEVICES does not hide it, "
-            f"and that torch is built for it (torch {torch.__version__} is built for {build}). If the CPU is what "
-            "you want, set ACCELERATE_USE_CPU=true."
-        )
-
-
-# ---- Model ----------------------------------------------------------------------------------------------------------
-
-
-def pretrained_source(args: Namespace, subfolder: str, dtype: torch.dtype | None = None) -> dict:
-    """What `from_pretrained` takes for one component of the model; a `dtype` is for those with weights."""
-    source = {name: getattr(args, name) for name in ("pretrained_model_name_or_path", "revision", "cache_dir")}
-    return source | {"subfolder": subfolder} | ({"variant": args.variant, "dtype": dtype} if dtype else {})
-
-
-def free_memory(device: torch.device) -> float:
-    """Return the bytes that are free on a GPU, those that torch keeps for later included; infinity for the CPU."""
-    if device.type != "cuda":
-        return math.inf
-    torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info(device)[0]
-
-
-def device_memory(device: torch.device) -> float:
-    """Return the bytes that a GPU has in all; infinity for the CPU."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
-
-
-def needs_tiles(args: Namespace, accelerator: Accelerator, size: float) -> bool:
-    """Return whether the VAE works in tiles, where whole frames take `size` bytes with all else: with --offload_base,
-    and where that is too much for the smallest card of all processes. What other programs hold at the moment does not
-    count, since what depends on the answer must not change from one run to the next. Collective."""
-    return args.offload_base or min(gather(device_memory(accelerator.device))) < size + OTHER_MEMORY
-
-
-def load_vae(args: Namespace, dtype: torch.dtype) -> AutoencoderKLCogVideoX:
-    vae = AutoencoderKLCogVideoX.from_pretrained(**pretrained_source(args, "vae", dtype))
-    vae.use_slicing, vae.use_tiling = args.enable_slicing, args.enable_tiling
-    return vae.requires_grad_(False).eval()
-
-
-class Rotation(torch.autograd.Function):
-    """Rotary positions of queries or keys [B, S + V, heads, d], text tokens first: neighbors in d are turned by the
-    angle of their token. cos, sin [V, 1, d/2] are fp32. Its backward pass turns the other way, and needs no input."""
-
-    @staticmethod
-    def forward(ctx, tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        num_text, turned = tensor.shape[1] - len(cos), torch.empty_like(tensor)
-        turned[:, :num_text] = tensor[:, :num_text]
-        real, imaginary = tensor[:, num_text:].unflatten(-1, (-1, 2)).unbind(-1)  # [B, V, heads, d/2]
-        targets = turned[:, num_text:].unflatten(-1, (-1, 2)).unbind(-1)  # [B, V, heads, d/2] each
-        for first, second, sign, target in ((real, imaginary, -1, targets[0]), (imaginary, real, 1, targets[1])):
-            if torch.compiler.is_compiling():  # it cannot write into every second element, and needs not to
-                target.copy_(torch.addcmul(first * cos, second, sin, value=sign))
-            else:
-                torch.addcmul(first * cos, second, sin, value=sign, out=target)  # in fp32, rounded once
-        return turned
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
-        cos, sin = ctx.saved_tensors
-        return Rotation.apply(grad, cos, -sin), None, None
-
-
-def modulate(norm_zero: torch.nn.Module, hidden_states: Tensor, text: Tensor, temb: Tensor) -> tuple:
-    """CogVideoXLayerNormZero of video [B, V, D] and text [B, S, D]: [B, S + V, D], and the gates [B, 1, D] of both."""
-    modulation = norm_zero.linear(norm_zero.silu(temb))[:, None]  # [B, 1, 6D]
-    shift, scale, gate, text_shift, text_scale, text_gate = modulation.chunk(6, dim=-1)  # [B, 1, D]
-    text = torch.addcmul(text_shift, norm_zero.norm(text), 1 + text_scale)  # [B, S, D]
-    hidden_states = torch.addcmul(shift, norm_zero.norm(hidden_states), 1 + scale)  # [B, V, D]
-    return torch.cat([text, hidden_states], dim=1), gate, text_gate
-
-
-class CogVideoXBlock(diffusers_cogvideox.CogVideoXBlock):
-    """diffusers' block, to rounding, for video [B, V, D] and text [B, S, D]. It moves half as many bytes:
-    theirs rotates in fp32 copies, writes into slices that autograd clones, and has an operation for each sum."""
-
-    def forward(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None, attention_kwargs: dict | None = None,  # noqa: ARG002
-    ) -> tuple[Tensor, Tensor]:
-        attention, sizes = self.attn1, (encoder_hidden_states.shape[1], hidden_states.shape[1])  # S, V
-        tokens, gate, text_gate = modulate(self.norm1, hidden_states, encoder_hidden_states, temb)  # [B, S + V, D]
-        layers = (attention.to_q, attention.to_k, attention.to_v)
-        query, key, value = (layer(tokens).unflatten(-1, (attention.heads, -1)) for layer in layers)
-        if attention.norm_q is not None:
-            query, key = attention.norm_q(query), attention.norm_k(key)  # [B, S + V, heads, d]
-        if image_rotary_emb is not None:
-            cos, sin = (table[:, None, ::2] for table in image_rotary_emb)  # [V, 1, d/2]: each angle is in it twice
-            query, key = Rotation.apply(query, cos, sin), Rotation.apply(key, cos, sin)
-        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))  # [B, heads, S + V, d]
-        tokens = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)  # [B, S + V, D]
-        del query, key, value  # else sampling holds them through the feed-forward layers
-        for layer in attention.to_out:
-            tokens = layer(tokens)  # [B, S + V, D]
-        text, video = tokens.split(sizes, dim=1)
-        hidden_states = torch.addcmul(hidden_states, gate, video)  # [B, V, D]
-        encoder_hidden_states = torch.addcmul(encoder_hidden_states, text_gate, text)  # [B, S, D]
-
-        tokens, gate, text_gate = modulate(self.norm2, hidden_states, encoder_hidden_states, temb)  # [B, S + V, D]
-        if self.num_parts > 1:
-            parts = tokens.chunk(self.num_parts, dim=1)
-            tokens = torch.cat([self.recompute(self.ff, part) for part in parts], dim=1)
-        else:
-            tokens = self.ff(tokens)
-        text, video = tokens.split(sizes, dim=1)
-        return torch.addcmul(hidden_states, gate, video), torch.addcmul(encoder_hidden_states, text_gate, text)
-
-
-def keep_attention(_context, operation, *_arguments, **_keywords) -> CheckpointPolicy:
-    """Of all that a block computes, recompute everything but attention, whose result is small for its cost."""
-    is_attention = "scaled_dot_product" in operation.__name__ or "_attention_forward" in operation.__name__
-    return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def recomputation_contexts(args: Namespace) -> Callable:
-    """Return what makes the contexts in which a block runs, and runs again in the backward pass."""
-    if args.checkpoint_policy == "full":
-        return noop_context_fn
-    # What is kept stays on the device with --offload_activations, too; torch warns that this may change one day.
-    warnings.filterwarnings("ignore", message="A saved_tensors_hooks context")
-    return functools.partial(create_selective_checkpoint_contexts, keep_attention)
-
-
-def host_memory(size: tuple[int, ...], dtype: torch.dtype, device: torch.device, is_pinned: bool = True) -> Tensor:
-    """Return an empty tensor in host memory, for copies from and to `device`; the computation waits for them where it
-    cannot be pinned. For the meta device it has no memory."""
-    if device.type == "cuda" and is_pinned:
-        try:
-            return torch.empty(size, dtype=dtype, pin_memory=True)
-        except RuntimeError as error:  # there is a limit to locked memory, as in many containers (ulimit -l)
-            log_warning_once(f"Host memory cannot be pinned, so copies take longer: {str(error).splitlines()[0]}")
-    return torch.empty(size, dtype=dtype, device="meta" if device.type == "meta" else "cpu")
-
-
-def to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
-    """Copy to host memory what the forward pass saves. The copy is queued with the computation, which is why the
-    device's memory can be used again at once, and why nothing waits for it."""
-    host = host_memory(tensor.shape, tensor.dtype, tensor.device)
-    return tensor.device, host.copy_(tensor, non_blocking=True)
-
-
-def to_device(saved: tuple[torch.device, Tensor]) -> Tensor:
-    """Copy what `to_host` returned back to its device."""
-    device, host = saved
-    return host.to(device, non_blocking=True)
-
-
-def saving_activations(args: Namespace) -> contextlib.AbstractContextManager:
-    """Return what a forward pass is run in: with --offload_activations, what it saves waits in host memory."""
-    if args.offload_activations:
-        return saved_tensors_hooks(to_host, to_device)
-    return contextlib.nullcontext()
-
-
-class HostBlocks:
-    """Frozen weights of a model's blocks, which wait in host memory while two blocks are on the device.
-
-    Block i computes from slot i % 2 of the device: its neighbors on both sides are in the other slot. When a block
-    begins, it waits for its weights, and the copy of the block after it starts, in the order of use: upwards in a
-    forward pass, downwards where blocks are recomputed. Copies have a stream of their own. One starts after all that
-    the computation has queued, so that a slot is read to its end before it is written again. Weights are only read:
-    nothing is copied back. Without recomputation they would be overwritten before their backward pass.
-
-    The parameters of the blocks become views of the slots. Whoever moves them (`.to`) breaks that in silence, with
-    plausible losses and no gradients: so each block checks its own when it begins, and raises RuntimeError.
-    """
-
-    def __init__(
-        self, blocks: torch.nn.ModuleList, device: torch.device, context_fn: Callable = noop_context_fn,
-        is_pinned: bool = True,
-    ):  # fmt: skip
-        self.blocks, self.context_fn = list(blocks), context_fn
-        self.streams = torch.get_device_module("cpu" if device.type == "meta" else device)
-        self.copying = self.streams.Stream()
-        self.copied = [self.streams.Event(), self.streams.Event()]  # by slot
-        self.in_slot = [None, None]  # the blocks whose weights are there, or on their way
-        self.current = None  # the block that began last
-        frozen = [[t for t in (*block.parameters(), *block.buffers()) if not t.requires_grad] for block in self.blocks]
-        sizes = [sum(self.padded(tensor.nbytes) for tensor in tensors) for tensors in frozen]
-        self.slots = [torch.empty(max(sizes), dtype=torch.uint8, device=device) for _ in range(2)]
-        self.on_host, self.places = [], []
-        for index, (block, tensors, size) in enumerate(zip(self.blocks, frozen, sizes, strict=True)):
-            # torch rounds pinned memory up to a power of two: for a 5B 1 % more, tensor by tensor 76 %.
-            buffer = host_memory((size,), torch.uint8, device, is_pinned)
-            start, places = 0, []
-            for tensor in tensors:
-                self.view(buffer, start, tensor).copy_(tensor)
-                place = self.view(self.slots[index % 2], start, tensor)
-                tensor.data = place
-                places.append((tensor, place.data_ptr()))
-                start += self.padded(tensor.nbytes)
-            for parameter in block.parameters():
-                if parameter.requires_grad:  # the LoRA's
-                    parameter.data = parameter.data.to(device)
-            self.on_host.append(buffer)
-            self.places.append(places)
-            block.register_forward_pre_hook(lambda block, _inputs: self.begin(block))
-
-    @staticmethod
-    def padded(size: int) -> int:
-        """Return the room in bytes for `size` bytes: kernels read aligned weights faster."""
-        return math.ceil(size / 256) * 256
-
-    @staticmethod
-    def view(buffer: Tensor, start: int, like: Tensor) -> Tensor:
-        """Return bytes of `buffer` as a tensor of another one's dtype and shape."""
-        return buffer[start : start + like.nbytes].view(like.dtype).view(like.shape)
-
-    def transfer(self, slot: Tensor, buffer: Tensor) -> None:
-        """Copy the weights of a block to the device."""
-        slot[: len(buffer)].copy_(buffer, non_blocking=True)
-
-    def fetch(self, index: int) -> None:
-        """Start to copy the weights of block `index`, if it exists and they are not there or on their way."""
-        number = index % 2
-        if not 0 <= index < len(self.blocks) or self.in_slot[number] == index:
-            return
-        self.copying.wait_stream(self.streams.current_stream())
-        with self.streams.stream(self.copying):
-            self.transfer(self.slots[number], self.on_host[index])
-            self.copied[number].record()
-        self.in_slot[number] = index
-
-    def begin(self, block: torch.nn.Module) -> None:
-        """Have the weights of a block on the device, and those of the next one on their way."""
-        index = self.blocks.index(block)
-        if any(tensor.data_ptr() != place for tensor, place in self.places[index]):
-            raise RuntimeError(f"--offload_base: the weights of block {index} are not where they are copied to")
-        if index == self.current:
-            return
-        is_forward = self.current is None or index > self.current or index == 0
-        self.fetch(index)
-        self.streams.current_stream().wait_event(self.copied[index % 2])
-        self.current = index
-        self.fetch(index + 1 if is_forward else index - 1)
-
-    @contextlib.contextmanager
-    def begun(self, block: torch.nn.Module, context) -> Iterator[None]:
-        """Begin a block before a context of its recomputation, which watches operations: copies are none of them."""
-        self.begin(block)
-        with context:
-            yield
-
-    def contexts(self, block: torch.nn.Module) -> tuple:
-        """Return the contexts in which a block runs, and runs again in the backward pass."""
-        return tuple(self.begun(block, context) for context in self.context_fn())
-
-    def recompute(self, block: torch.nn.Module, *inputs):
-        """Run a block that is run again in the backward pass: for `enable_gradient_checkpointing`."""
-        contexts = functools.partial(self.contexts, block)
-        return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
-
-
-def load_transformer(args: Namespace, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
-    """Load the frozen base, straight in the compute dtype, or quantized file by file as it loads."""
-    source, explained = pretrained_source(args, "transformer", dtype), contextlib.nullcontext()
-    if args.quantize_base == "nf4":
-        source["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-        )
-        explained = explain("--quantize_base nf4", RuntimeError)
-    with explained:
-        transformer = CogVideoXTransformer3DModel.from_pretrained(**source)
-    recompute = functools.partial(checkpoint, use_reentrant=False)
-    if args.gradient_checkpointing:
-        contexts = recomputation_contexts(args)
-        transformer.enable_gradient_checkpointing(functools.partial(recompute, context_fn=contexts))
-    if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # sizes of clips; each is compiled for training and for sampling
-        torch._dynamo.config.suppress_errors = True  # without a compiler the blocks run as they are; torch prints why
-    for block in transformer.transformer_blocks:
-        block.__class__, block.recompute = CogVideoXBlock, recompute
-        block.num_parts = 8 if args.offload_activations and not args.compile else 1
-        if args.compile:  # for each shape: once for the first block, whose input needs no gradient, and once for all
-            block.compile(dynamic=False)
-    return transformer.requires_grad_(False)
-
-
-def place_transformer(args: Namespace, transformer: CogVideoXTransformer3DModel, device: torch.device) -> None:
-    """Move a transformer with its LoRA to the device; with --offload_base all but the frozen weights of its blocks."""
-    if not args.offload_base:
-        transformer.to(device)
-        return
-    host_blocks = HostBlocks(transformer.transformer_blocks, device, recomputation_contexts(args))
-    transformer.enable_gradient_checkpointing(host_blocks.recompute)
-    for name, module in transformer.named_children():
-        if name != "transformer_blocks":
-            module.to(device)
-
-
-def place_text_encoder(text_encoder: T5EncoderModel, device: torch.device) -> None:
-    """Have T5 compute on the device with two of its blocks there. The table of embeddings stays on the host, and so do
-    token ids: what is looked up in it is moved."""
-    text_encoder.requires_grad_(False)
-    HostBlocks(text_encoder.encoder.block, device, is_pinned=False)
-    text_encoder.encoder.final_layer_norm.to(device)
-    table = text_encoder.get_input_embeddings()
-    table.register_forward_pre_hook(lambda table, inputs: tuple(ids.to(table.weight.device) for ids in inputs))
-    table.register_forward_hook(lambda _table, _inputs, embeds: embeds.to(device))
-
-
-class LoraMatrix(torch.nn.Linear):
-    """A matrix of a LoRA: kept in fp32, and applied in the dtype of its input. With `add_to`, it returns that plus
-    `scale` times its product, rounded once."""
-
-    def forward(self, tokens: Tensor, scale: float = 1.0, add_to: Tensor | None = None) -> Tensor:
-        weight = (self.weight * scale).to(tokens.dtype)
-        if add_to is None:
-            return F.linear(tokens, weight)
-        return torch.addmm(add_to.flatten(0, -2), tokens.flatten(0, -2), weight.T).view_as(add_to)
-
-
-class LoraLinear(PeftLinear):
-    """peft's linear layer without its casts of the tokens."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.lora_A["default"](tokens)  # [B, S + V, rank]
-        return self.lora_B["default"](hidden, self.scaling["default"], add_to=self.base_layer(tokens))
-
-
-def block_numbers(blocks: str) -> list[int]:
-    """Return the numbers of the blocks of --lora_blocks."""
-    first, last = map(int, blocks.split("-"))
-    return list(range(first, last + 1))
-
-
-def add_lora(
-    transformer: CogVideoXTransformer3DModel, rank: int, lora_alpha: float, layers: list[str] = LORA_TARGETS,
-    blocks: str | None = None,
-) -> list[torch.nn.Parameter]:  # fmt: skip
-    """Add LoRA matrices to `layers`, of all `blocks` or of such as "21-41"; returns them, the only parameters that
-    train, in fp32. No gradient is computed in the blocks before the first one that has them."""
-    config = LoraConfig(r=rank, lora_alpha=lora_alpha, target_modules=layers)
-    numbers = block_numbers(blocks) if blocks is not None else []
-    if 0 < len(numbers) < len(transformer.transformer_blocks):  # all blocks are as none named
-        config.layers_to_transform = numbers
-        # The layers have their full names, which peft looks for first: before 0.21 it found no block by its number.
-        starts = tuple(f"transformer_blocks.{number}." for number in numbers)
-        ends = tuple(f".{layer}" for layer in layers)
-        names = (name for name, _ in transformer.named_modules())
-        config.target_modules = {name for name in names if name.startswith(starts) and name.endswith(ends)}
-    transformer.add_adapter(config)
-    cast_training_params(transformer, dtype=torch.float32)
-    for layer in transformer.modules():
-        if isinstance(layer, LoraLayer):
-            layer.__class__ = LoraLinear
-            layer.lora_A["default"].__class__ = layer.lora_B["default"].__class__ = LoraMatrix
-    return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-
-
-def lora_parameters(transformer: CogVideoXTransformer3DModel) -> dict[str, torch.nn.Parameter]:
-    """What trains, by the names of the saved file: peft's, without the adapter's name."""
-    trained = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
-    return {name.replace(".default.", "."): parameter for name, parameter in trained.items()}
-
-
-def lora_weights(transformer: CogVideoXTransformer3DModel) -> dict[str, Tensor]:
-    """Return the whole LoRA in fp32 on the CPU, by the names of the saved file. Collective."""
-    weights = {}
-    for name, parameter in lora_parameters(transformer).items():
-        weight = parameter.detach()
-        if hasattr(parameter, "_hp_mapping"):  # a copy in the compute dtype; DeepSpeed has shared out the fp32 one
-            from deepspeed.utils import safe_get_full_fp32_param
-            weight = safe_get_full_fp32_param(parameter)
-        weights[name] = weight.float().cpu()
-    return weights
-
-
-def save_lora(transformer: CogVideoXTransformer3DModel, folder: Path, weights: dict[str, Tensor]) -> None:
-    """Write `weights`, of `lora_weights`, as LORA_FILE into `folder`, complete or not at all. Its metadata makes
-    `pipe.load_lora_weights(folder)` apply alpha / rank, once. Raises RunError, code 1."""
-    config = transformer.peft_config["default"]
-    # No other field of peft's: a version that does not know one of them refuses the file.
-    metadata = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": layer_names(config.target_modules)}
-    if config.layers_to_transform is not None:
-        metadata["layers_to_transform"] = config.layers_to_transform
-    path = folder / LORA_FILE
-    with explain(f"{path} cannot be written", (OSError, SafetensorError), exit_code=1):
-        PIPELINE.save_lora_weights(
-            folder, transformer_lora_layers=weights, weight_name=partial_name(path).name,
-            transformer_lora_adapter_metadata=metadata,
-        )
-        put_in_place(partial_name(path), path)
-
-
-def load_lora(transformer: CogVideoXTransformer3DModel, path: Path) -> None:
-    """Read the file `path` into the LoRA of `transformer`. Raises RunError if they do not fit."""
-    saved = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
-    parameters = lora_parameters(transformer)
-    if {n: tensor.shape for n, tensor in saved.items()} != {n: tensor.shape for n, tensor in parameters.items()}:
-        raise RunError(f"{path} does not fit the layers and the rank of this run")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
-
-
-# ---- Objective ------------------------------------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=32)
-def prepare_rotary_positional_embeddings(
-    height: int, width: int, num_frames: int, vae_scale_factor_spatial: int = 8, patch_size: int = 2,
-    attention_head_dim: int = 64, device: torch.device | None = None, base_height: int = 480, base_width: int = 720,
-    patch_size_t: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Rotary position embeddings (cos, sin) of all video tokens, each [f * h/p * w/p, head dim]; made once a shape.
-    `height`, `width` and the base size that the model was trained at are in pixels, `num_frames` in latent frames.
-    With `patch_size_t` (CogVideoX 1.5), f / patch_size_t tokens along time, and the base size is the largest one.
-    Source: CogVideoXPipeline._prepare_rotary_positional_embeddings."""
-    token = vae_scale_factor_spatial * patch_size  # pixels along each side
-    grid_size, base_size = (height // token, width // token), (base_height // token, base_width // token)
-    if patch_size_t is not None:
-        frames, grid = -(-num_frames // patch_size_t), {"grid_type": "slice", "max_size": base_size}
-        return get_3d_rotary_pos_embed(attention_head_dim, None, grid_size, frames, device=device, **grid)
-    crops_coords = get_resize_crop_region_for_grid(grid_size, base_size[1], base_size[0])
-    return get_3d_rotary_pos_embed(attention_head_dim, crops_coords, grid_size, num_frames, device=device)
-
-
-def rotary_for(transformer_config, vae_config: dict, latents: Tensor) -> tuple[Tensor, Tensor] | None:
-    """What the pipeline feeds as `image_rotary_emb` for latents [B, f, C, h, w]; None for a model without (2B)."""
-    if not transformer_config.use_rotary_positional_embeddings:
-        return None
-    (num_frames, _, height, width), config = latents.shape[1:], transformer_config
-    scale = pixels_per_latent(vae_config)
-    return prepare_rotary_positional_embeddings(
-        height * scale, width * scale, num_frames, scale, config.patch_size, config.attention_head_dim,
-        latents.device, config.sample_height * scale, config.sample_width * scale, config.patch_size_t,
-    )
-
-
-def pixels_per_latent(vae_config: dict) -> int:
-    """Along height and along width."""
-    return 2 ** (len(vae_config["block_out_channels"]) - 1)
-
-
-def sample_latents(moments: Tensor, scaling_factor: float) -> Tensor:
-    """A fresh sample of the latent distribution [B, 2c, f, h, w], scaled for the transformer: [B, f, c, h, w]."""
-    latents = DiagonalGaussianDistribution(moments.float()).sample() * scaling_factor  # [B, c, f, h, w]
-    return latents.permute(0, 2, 1, 3, 4).contiguous()  # [B, f, c, h, w]
-
-
-def sample_image_latents(  # I2V:
-    image_moments: Tensor, num_frames: int, vae_config: dict, dropout: float
-) -> Tensor:
-    """What tells the transformer the first frame, from its distribution [B, 2c, 1, h, w]: latents [B, f, c, h, w] that
-    are zero after the first frame. A part `dropout` of the clips, drawn one by one, has zeros throughout. Source:
-    CogVideoXImageToVideoPipeline.prepare_latents, with its division where `invert_scale_latents` is set."""
-    scaling_factor = vae_config["scaling_factor"]
-    scale = 1 / scaling_factor if vae_config.get("invert_scale_latents") else scaling_factor
-    first = sample_latents(image_moments, scale)  # [B, 1, c, h, w]
-    kept = torch.rand(len(first), device=first.device) >= dropout  # [B]
-    image_latents = first.new_zeros(len(first), num_frames, *first.shape[2:])  # [B, f, c, h, w]
-    image_latents[:, :1] = first * kept.view(-1, 1, 1, 1, 1)
-    return image_latents
-
-
-def prepare_batch(
-    batch: dict[str, Tensor], transformer_config, vae_config: dict, args: Namespace  # I2V: args
-) -> tuple[Tensor, dict]:
-    """From a batch of `LatentDataset`: latents [B, f, C, h, w] (fp32), freshly sampled, and by their keywords what the
-    transformer is given beside them, and `image_latents` [B, f, C, h, w]. CogVideoX 1.5 takes f / patch_size_t whole
-    tokens: there `num_padding` frames stand before those of the clip, copies of the first, as it was trained
-    (zai-org/CogVideo, issue 524); the image stands in the first of all frames, as in the pipeline."""
-    latents = sample_latents(batch["moments"], vae_config["scaling_factor"])  # [B, f, C, h, w]
-    num_padding = -latents.shape[1] % (transformer_config.patch_size_t or 1)
-    latents = torch.cat([latents[:, :1]] * num_padding + [latents], dim=1)  # [B, f, C, h, w], padding included
-    conditions = {"encoder_hidden_states": batch["prompt_embeds"], "num_padding": num_padding}
-    conditions["image_rotary_emb"] = rotary_for(transformer_config, vae_config, latents)
-    frames = latents.shape[1]  # I2V:
-    own_frames = (transformer_config.sample_frames - 1) // 4 + 1  # I2V:
-    if transformer_config.use_learned_positional_embeddings and frames != own_frames:  # I2V:
-        log_error_once(  # I2V:
-            f"Clips that do not give {transformer_config.sample_frames} frames train with computed positions in "
-            "place of the model's learned ones, as at inference."
-        )
-    conditions["image_latents"] = sample_image_latents(  # I2V: [B, f, C, h, w]
-        batch["image_moments"], frames, vae_config, args.noised_image_dropout
-    )
-    if transformer_config.ofs_embed_dim is not None:  # I2V: CogVideoX 1.5; the pipeline's constant
-        conditions["ofs"] = latents.new_full((1,), 2.0)  # I2V:
-    return latents, conditions
-
-
-def diffusion_loss(
-    transformer: torch.nn.Module, noise_scheduler: CogVideoXDPMScheduler, latents: Tensor,
-    conditions: dict, noise: Tensor | None = None, timesteps: Tensor | None = None,
-) -> Tensor:
-    """The training loss of latents [B, f, C, h, w] (fp32): a scalar, fp32, over the frames after `num_padding`. Noise
-    and timesteps [B] are drawn from the global generator unless given. All but the transformer computes in fp32: in
-    bf16 the 1000 noise levels of the scheduler collapse to 193."""
-    conditions = dict(conditions)
-    num_padding = conditions.pop("num_padding", 0)
-    if noise is None:
-        noise = torch.randn_like(latents)  # [B, f, C, h, w]
-    if timesteps is None:
-        num_timesteps = noise_scheduler.config.num_train_timesteps
-        timesteps = torch.randint(0, num_timesteps, (len(latents),), device=latents.device)  # [B] int64
-    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)  # [B, f, C, h, w]
-    image_latents = conditions.pop("image_latents")  # I2V: [B, f, C, h, w]
-    noisy_latents_and_image = torch.cat([noisy_latents, image_latents], dim=2)  # I2V: [B, f, 2C, h, w]
-    hidden_states = noisy_latents_and_image.to(conditions["encoder_hidden_states"].dtype)  # I2V:
-    velocity_pred = transformer(
-        hidden_states=hidden_states, timestep=timesteps, return_dict=False, **conditions
-    )[0].float()  # [B, f, C, h, w]
-    x0_pred = noise_scheduler.get_velocity(velocity_pred, noisy_latents, timesteps)  # [B, f, C, h, w]
-    alphas_cumprod = noise_scheduler.alphas_cumprod[timesteps].to(latents.dtype)  # [B]
-    squared_error = (x0_pred - latents)[:, num_padding:].square().flatten(1).mean(dim=1)  # [B]
-    return (squared_error / (1 - alphas_cumprod)).mean()
+        image = Image.open(source)
+    except UnidentifiedImageError as error:
+        raise ValueError(what_it_is(source)) from error
+    is_animated = image.format in ("WEBP", "PNG", "AVIF") and image.is_animated
+    first = 1 if is_animated and image.info.get("default_image") else 0  # it is for those who cannot show the others
+    times = [0.0]
+    for index in range(first, image.n_frames if is_animated else 1):
+        image.seek(index)
+        image.load()
+        times.append(times[-1] + (image.info.get("duration") or 100) / 1000)
+
+    def read(indices: list[int]) -> np.ndarray:
+        frames = {}
+        with Image.open(source) as image:  # opened again: PIL cannot go back in every animated PNG
+            for index in sorted(set(indices)):
+                image.seek(first + index)
+                frames[index] = np.asarray(upright_rgb(image))
+        return np.stack([frames[index] for index in indices])
+
+    return Clip(times, read([0]).shape[1:3], read, ["animated picture"] if is_animated else [])
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Return a picture of any mode as RGB: upright, and on white where it is transparent."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits of grey, which `convert` would clip to 8
+        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def what_it_is(source: str | io.BytesIO) -> str:
+    """Say by its content what a file is that cannot be read, and what to do about it."""
+    size, start, _ = start_and_end(source)
+    if size == 0:
+        return "it is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a git-lfs pointer in place of the file: run git lfs pull"
+    if start[4:8] == b"ftyp":
+        if start[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
+            return "it is a HEIC picture, which cannot be read: magick FILE picture.jpg converts it"
+        return "it has no index (moov): it is truncated, or its recording was interrupted"
+    if re.match(rb"\s*<(!doctype|html)", start, re.IGNORECASE):
+        return "it is a web page (HTML) and no video: download the file itself"
+    with contextlib.suppress(UnicodeDecodeError):
+        if "\0" not in codecs.getincrementaldecoder("utf-8")().decode(start):
+            return "it is text and no video"
+    return f"it is no video or picture that can be read; {CONVERT}"
+
+
+def content_hash(source: str | io.BytesIO) -> str:
+    """Return a hash of the size of a file, of its first MiB and of its last one."""
+    size, start, end = start_and_end(source)
+    return hashlib.sha256(b"%d " % size + start + end).hexdigest()
+
+
+def start_and_end(source: str | io.BytesIO) -> tuple[int, bytes, bytes]:
+    """Return the size of a file, or of bytes in memory, with its first MiB and its last one."""
+    with contextlib.nullcontext(source) if isinstance(source, io.BytesIO) else open(source, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        start = file.read(2**20)
+        file.seek(max(0, size - 2**20))
+        return size, start, file.read(2**20)
 
 
 # ---- Precompute: each prompt and clip is encoded once, into a safetensors file, before the transformer loads --------
-
-
-def read_config(args: Namespace, subfolder: str) -> tuple[dict, str | None]:
-    """The config of one component, without its weights, and its commit if it is on the Hub. Raises RunError."""
-    model = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
-    with explain(f"{model} is no diffusers-format model, in a local folder or on the Hub", (OSError, ValueError)):
-        # Of any component: load_config only reads config.json.
-        return AutoencoderKLCogVideoX.load_config(**pretrained_source(args, subfolder), return_commit_hash=True)
-
-
-def check_model(args: Namespace, transformer_config: dict, vae_config: dict) -> None:
-    """Refuse, by their configs, checkpoints that this script cannot train. Raises RunError."""
-    config, model = transformer_config, f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
-    if config.get("_class_name") != "CogVideoXTransformer3DModel":
-        raise RunError(f"{model} is not a CogVideoX: its transformer is a {config.get('_class_name')}")
-    in_channels, latent_channels = config["in_channels"], vae_config["latent_channels"]
-    kinds = {1: "text-to-video", 2: "image-to-video"}  # latents on the input channels: noisy ones, and an image's
-    kind = kinds.get(in_channels / latent_channels)
-    if kind is None:
-        raise RunError(f"{model}: its transformer takes {in_channels} channels, its VAE makes {latent_channels}")
-    if kind != KIND:
-        raise RunError(f"{model} is a model for {kind}: train it with {TRAINERS[kind]}")
-    own = [config[name] * pixels_per_latent(vae_config) for name in ("sample_height", "sample_width")]
-    is_fixed, patch_size_t = config.get("use_learned_positional_embeddings"), config.get("patch_size_t")
-    for size in ([args.height, args.width], *(list(sides) for _, *sides in args.buckets or [])):
-        nearest = own if is_fixed else list(map(min, size, own))
-        if size != nearest and (is_fixed or patch_size_t):  # its table of positions has this size
-            works = f"works {'at' if is_fixed else 'up to'} {own[0]} x {own[1]}"
-            raise RunError(f"{model} {works}: --height {nearest[0]} --width {nearest[1]}, not {size[0]} x {size[1]}")
-    if args.lora_target_modules != LORA_TARGETS:  # these every CogVideoX has
-        check_layers(args, config)
-    if args.lora_blocks is not None and block_numbers(args.lora_blocks)[-1] >= config["num_layers"]:
-        raise RunError(f"--lora_blocks {args.lora_blocks}: {model} has the blocks 0-{config['num_layers'] - 1}")
-    frames = frames_4k_plus_1(args.max_num_frames)
-    if frames != args.max_num_frames:
-        logger.warning(f"--max_num_frames {args.max_num_frames} is not 4k+1: {frames} frames are used.")
-    if patch_size_t and args.fps != 16:
-        logger.warning(f"CogVideoX 1.5 makes 16 frames a second: give --fps 16 in place of {args.fps}.")
-    latent_frames = (frames - 1) // 4 + 1
-    if num_padding := -latent_frames % (patch_size_t or 1):
-        padding = f"{latent_frames} latent frames, with {num_padding} of padding before them, as in the pipeline"
-        logger.info(f"{frames} frames are {padding}; {frames + 4 * num_padding} frames would need none.")
-
-
-def check_layers(args: Namespace, transformer_config: dict) -> None:
-    """Refuse names of --lora_target_modules that are no linear layers of the model. Raises RunError."""
-    with torch.device("meta"):
-        modules = CogVideoXTransformer3DModel.from_config(transformer_config).named_modules()
-    linear = [name for name, module in modules if isinstance(module, torch.nn.Linear)]
-    if args.lora_blocks is not None:
-        linear = [name for name in linear if name.startswith("transformer_blocks.")]
-    for name in args.lora_target_modules:
-        if not any(f".{layer}".endswith(f".{name}") for layer in linear):
-            layers = {re.sub(r"^transformer_blocks\.\d+\.(attn1\.)?", "", layer) for layer in linear}
-            nearest = ", ".join(difflib.get_close_matches(name, layers, cutoff=0))
-            model = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
-            raise RunError(f"--lora_target_modules: {model} has no layer {name} (nearest: {nearest})")
-
-
-def model_identity(args: Namespace, *subfolders: str) -> dict:
-    """What tells one encoder from another: its config, and its commit on the Hub or the content of its files."""
-    model, (config, commit) = args.pretrained_model_name_or_path, read_config(args, subfolders[0])
-    identity = {"variant": args.variant, "config": config}
-    if not Path(model).is_dir():
-        return identity | {"model": model, "revision": args.revision, "commit": commit}
-    files = [path for subfolder in subfolders for path in sorted((Path(model) / subfolder).iterdir())]
-    return identity | {"files": [(f"{f.parent.name}/{f.name}", content_hash(str(f))) for f in files if f.is_file()]}
-
-
-def item_path(folder: Path, kind: str, **content) -> Path:
-    """The file of one precomputed item. Its name is a hash of all that decides its content."""
-    key = json.dumps({"format": CACHE_FORMAT, "kind": kind, **content}, sort_keys=True, default=str)
-    return folder / kind / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.{CACHE_FORMAT}.safetensors"
-
-
-def write_item(path: Path, **tensors: Tensor) -> None:
-    """Write a precomputed item, complete or not at all. Raises RunError."""
-    partial = path.with_name(f".{path.stem}.{os.uname().nodename}.{os.getpid()}.partial")
-    advice = " (--precompute_dir takes another folder)"
-    with explain(f"{path} cannot be written", (OSError, SafetensorError), advice=advice):
-        try:
-            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
-            put_in_place(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-def is_item(path: Path, name: str) -> bool:
-    """Whether `path` is a complete file with the tensor `name`. Opening it compares its header with its size."""
-    try:
-        with safe_open(path, framework="pt") as item:
-            return name in item.keys()
-    except (OSError, SafetensorError):
-        return False
-
-
-def find_new(folder: Path, name: str, items: dict[object, tuple[Path, ...]]) -> list:
-    """The keys of `items` whose files are not all in `folder` and complete; of equal files the last key. The first
-    process finds them before any process writes."""
-    new = {}
-    if is_first_process():
-        folder.mkdir(parents=True, exist_ok=True)
-        for partial in folder.glob(".*.partial"):
-            if time.time() - partial.stat().st_mtime > 3600:  # a process was killed while it wrote
-                partial.unlink(missing_ok=True)
-        older = [path for path in folder.glob("*.safetensors") if f".{CACHE_FORMAT}." not in path.name]
-        if older:
-            size = sum(path.stat().st_size for path in older) / 1e9
-            logger.info(f"{folder}: {size:.2f} GB in {len(older)} files of an older version may be deleted")
-        new = {files: key for key, files in items.items() if not all(is_item(file, name) for file in files)}
-        logger.info(f"{folder}: {len(new)} of {len(items)} to encode")
-    return gather(list(new.values()))[0]
-
-
-def encode_prompt(
-    tokenizer: T5Tokenizer | None, text_encoder: T5EncoderModel, prompt: str | list[str],
-    num_videos_per_prompt: int = 1, max_sequence_length: int = 226, device: torch.device | None = None,
-    dtype: torch.dtype | None = None, text_input_ids: Tensor | None = None,
-) -> Tensor:
-    """T5 hidden states of prompts, padded or cut to S tokens as CogVideoXPipeline does: [n, S, D], the
-    num_videos_per_prompt repeats of one prompt together. Raises ValueError without both tokenizer and token ids."""
-    if tokenizer is not None:
-        text_input_ids = tokenizer(
-            [prompt] if isinstance(prompt, str) else prompt, padding="max_length", max_length=max_sequence_length,
-            truncation=True, add_special_tokens=True, return_tensors="pt",
-        ).input_ids  # [B, S]
-    elif text_input_ids is None:
-        raise ValueError("without a tokenizer, text_input_ids must be given")
-    prompt_embeds = text_encoder(text_input_ids.to(device))[0].to(dtype=dtype, device=device)  # [B, S, D]
-    return prompt_embeds.repeat_interleave(num_videos_per_prompt, dim=0)  # [n, S, D]
-
-
-def compute_prompt_embeddings(
-    tokenizer: T5Tokenizer, text_encoder: T5EncoderModel, prompt: str | list[str], max_sequence_length: int,
-    device: torch.device, dtype: torch.dtype, requires_grad: bool = False,
-) -> Tensor:
-    """`encode_prompt` for one video a prompt, without gradients unless asked: [n, S, D]."""
-    with torch.set_grad_enabled(requires_grad):
-        return encode_prompt(tokenizer, text_encoder, prompt, 1, max_sequence_length, device, dtype)
 
 
 def precompute_prompts(args: Namespace, accelerator: Accelerator, prompts: list[str], num_tokens: int) -> dict:
@@ -2058,89 +1891,31 @@ def precompute_prompts(args: Namespace, accelerator: Accelerator, prompts: list[
     return paths
 
 
-@torch.no_grad()
-def encode_video(vae: AutoencoderKLCogVideoX, video: Tensor) -> Tensor:
-    """Parameters (mean, log variance) of the latent distribution of pixels [F, C, H, W]: [2c, f, h, w]. The
-    distribution is kept and not a sample of it, so that each training step can draw a fresh one."""
-    pixels = video[None].permute(0, 2, 1, 3, 4).to(vae.device, vae.dtype)  # [1, C, F, H, W]
-    return vae.encode(pixels).latent_dist.parameters[0]  # [2c, f, h, w]
+def encode_prompt(
+    tokenizer: T5Tokenizer | None, text_encoder: T5EncoderModel, prompt: str | list[str],
+    num_videos_per_prompt: int = 1, max_sequence_length: int = 226, device: torch.device | None = None,
+    dtype: torch.dtype | None = None, text_input_ids: Tensor | None = None,
+) -> Tensor:
+    """T5 hidden states of prompts, padded or cut to S tokens as CogVideoXPipeline does: [n, S, D], the
+    num_videos_per_prompt repeats of one prompt together. Raises ValueError without both tokenizer and token ids."""
+    if tokenizer is not None:
+        text_input_ids = tokenizer(
+            [prompt] if isinstance(prompt, str) else prompt, padding="max_length", max_length=max_sequence_length,
+            truncation=True, add_special_tokens=True, return_tensors="pt",
+        ).input_ids  # [B, S]
+    elif text_input_ids is None:
+        raise ValueError("without a tokenizer, text_input_ids must be given")
+    prompt_embeds = text_encoder(text_input_ids.to(device))[0].to(dtype=dtype, device=device)  # [B, S, D]
+    return prompt_embeds.repeat_interleave(num_videos_per_prompt, dim=0)  # [n, S, D]
 
 
-def encode_clip(vae: AutoencoderKLCogVideoX, video: Tensor, seed: int) -> dict:  # I2V:
-    """All that is stored of a clip [F, C, H, W], by name: its latents, and those of its first frame with a little
-    noise of level exp(N(-3, 0.5)), drawn from `seed`. The noise is the originals', and is added to the frame: one
-    release of theirs trained on the noise alone (zai-org/CogVideo, issue 405)."""
-    generator = torch.Generator().manual_seed(seed)
-    mean, deviation = IMAGE_LOG_SIGMA
-    sigma = torch.exp(mean + deviation * torch.randn((), generator=generator))
-    noisy_image = video[0].float() + sigma * torch.randn(video[0].shape, generator=generator)  # [C, H, W]
-    image_moments = encode_video(vae, noisy_image[None])  # [2c, 1, h, w]
-    return {"moments": encode_video(vae, video), "image_moments": image_moments}  # [2c, f, h, w]
-
-
-def decode_clips(connection, dataset: VideoDataset, dtype: torch.dtype) -> None:
-    """In a process of its own: for each index that comes, send the notes about the clip, and `video` [F, C, H, W] and
-    `kept` [2] as a safetensors file; or a text that says what is wrong with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)  # a forked process has none of its parent's threads
-    with contextlib.suppress(AttributeError):  # only Linux has it
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with a parent that is killed
-    while True:
-        index = connection.recv()
-        try:
-            item = dataset[index]
-            tensors = {"video": item["instance_video"].to(dtype), "kept": item["kept"]}
-            answer = item.get("notes", []), safetensors.torch.save(tensors)
-        except Exception as error:  # FFmpeg, decord, PIL and torch have their own kinds
-            text = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-            # Without decord's line and check, and without FFmpeg's codes.
-            text = re.sub(r"^(\[[\d:]+\] \S+: )*(Check failed: .*? vs\. .*?\) ?)?", "", text)
-            answer = re.sub(r"-?\d{9,}", "invalid data", text) or "its data is invalid"
-        connection.send(answer)
-
-
-class ClipDecoder:
-    """A process that decodes clips, one after the other."""
-
-    def __init__(self, dataset: VideoDataset, dtype: torch.dtype):
-        context = multiprocessing.get_context("fork")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=decode_clips, args=(theirs, dataset, dtype), daemon=True)
-        self.process.start()
-        theirs.close()  # the process has the last copy then: its death is an end of file here
-
-    def stop(self) -> None:
-        """End the process, whatever it does."""
-        self.process.kill()
-        self.process.join()
-        self.connection.close()
-
-
-def decode_videos(dataset: VideoDataset, indices: list[int], dtype: torch.dtype, num_workers: int) -> Iterator[tuple]:
-    """Yield each clip's index with a dict of `video` [F, C, H, W], `kept` [2] and `notes`, or with a text that says
-    what is wrong with it. `num_workers` processes decode the clips in turn, while those before are encoded."""
-    decoders = [ClipDecoder(dataset, dtype) for _ in range(min(num_workers, len(indices)))]
-    try:
-        for decoder, index in zip(decoders, indices, strict=False):
-            decoder.connection.send(index)
-        for position, index in enumerate(indices):
-            number = position % len(decoders)
-            try:
-                answer = decoders[number].connection.recv()
-            except (EOFError, OSError):
-                answer = "the decoder crashed on it"
-                decoders[number].stop()
-                decoders[number] = ClipDecoder(dataset, dtype)
-            if position + len(decoders) < len(indices):
-                decoders[number].connection.send(indices[position + len(decoders)])
-            if not isinstance(answer, str):
-                notes, tensors = answer
-                answer = safetensors.torch.load(tensors) | {"notes": notes}
-            yield index, answer
-    finally:
-        for decoder in decoders:
-            decoder.stop()
+def compute_prompt_embeddings(
+    tokenizer: T5Tokenizer, text_encoder: T5EncoderModel, prompt: str | list[str], max_sequence_length: int,
+    device: torch.device, dtype: torch.dtype, requires_grad: bool = False,
+) -> Tensor:
+    """`encode_prompt` for one video a prompt, without gradients unless asked: [n, S, D]."""
+    with torch.set_grad_enabled(requires_grad):
+        return encode_prompt(tokenizer, text_encoder, prompt, 1, max_sequence_length, device, dtype)
 
 
 def precompute_videos(
@@ -2191,6 +1966,146 @@ def precompute_videos(
             raise RunError(f"{problem}:\n{listing(sorted(bad.values()), limit=200)}")
         logger.warning(f"{problem} and are left out:\n{listing(sorted(bad.values()), limit=200)}")
     return paths
+
+
+def encode_clip(vae: AutoencoderKLCogVideoX, video: Tensor, seed: int) -> dict:  # I2V:
+    """All that is stored of a clip [F, C, H, W], by name: its latents, and those of its first frame with a little
+    noise of level exp(N(-3, 0.5)), drawn from `seed`. The noise is the originals', and is added to the frame: one
+    release of theirs trained on the noise alone (zai-org/CogVideo, issue 405)."""
+    generator = torch.Generator().manual_seed(seed)
+    mean, deviation = IMAGE_LOG_SIGMA
+    sigma = torch.exp(mean + deviation * torch.randn((), generator=generator))
+    noisy_image = video[0].float() + sigma * torch.randn(video[0].shape, generator=generator)  # [C, H, W]
+    image_moments = encode_video(vae, noisy_image[None])  # [2c, 1, h, w]
+    return {"moments": encode_video(vae, video), "image_moments": image_moments}  # [2c, f, h, w]
+
+
+@torch.no_grad()
+def encode_video(vae: AutoencoderKLCogVideoX, video: Tensor) -> Tensor:
+    """Parameters (mean, log variance) of the latent distribution of pixels [F, C, H, W]: [2c, f, h, w]. The
+    distribution is kept and not a sample of it, so that each training step can draw a fresh one."""
+    pixels = video[None].permute(0, 2, 1, 3, 4).to(vae.device, vae.dtype)  # [1, C, F, H, W]
+    return vae.encode(pixels).latent_dist.parameters[0]  # [2c, f, h, w]
+
+
+def decode_videos(dataset: VideoDataset, indices: list[int], dtype: torch.dtype, num_workers: int) -> Iterator[tuple]:
+    """Yield each clip's index with a dict of `video` [F, C, H, W], `kept` [2] and `notes`, or with a text that says
+    what is wrong with it. `num_workers` processes decode the clips in turn, while those before are encoded."""
+    decoders = [ClipDecoder(dataset, dtype) for _ in range(min(num_workers, len(indices)))]
+    try:
+        for decoder, index in zip(decoders, indices, strict=False):
+            decoder.connection.send(index)
+        for position, index in enumerate(indices):
+            number = position % len(decoders)
+            try:
+                answer = decoders[number].connection.recv()
+            except (EOFError, OSError):
+                answer = "the decoder crashed on it"
+                decoders[number].stop()
+                decoders[number] = ClipDecoder(dataset, dtype)
+            if position + len(decoders) < len(indices):
+                decoders[number].connection.send(indices[position + len(decoders)])
+            if not isinstance(answer, str):
+                notes, tensors = answer
+                answer = safetensors.torch.load(tensors) | {"notes": notes}
+            yield index, answer
+    finally:
+        for decoder in decoders:
+            decoder.stop()
+
+
+class ClipDecoder:
+    """A process that decodes clips, one after the other."""
+
+    def __init__(self, dataset: VideoDataset, dtype: torch.dtype):
+        context = multiprocessing.get_context("fork")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=decode_clips, args=(theirs, dataset, dtype), daemon=True)
+        self.process.start()
+        theirs.close()  # the process has the last copy then: its death is an end of file here
+
+    def stop(self) -> None:
+        """End the process, whatever it does."""
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+def decode_clips(connection, dataset: VideoDataset, dtype: torch.dtype) -> None:
+    """In a process of its own: for each index that comes, send the notes about the clip, and `video` [F, C, H, W] and
+    `kept` [2] as a safetensors file; or a text that says what is wrong with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)  # a forked process has none of its parent's threads
+    with contextlib.suppress(AttributeError):  # only Linux has it
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with a parent that is killed
+    while True:
+        index = connection.recv()
+        try:
+            item = dataset[index]
+            tensors = {"video": item["instance_video"].to(dtype), "kept": item["kept"]}
+            answer = item.get("notes", []), safetensors.torch.save(tensors)
+        except Exception as error:  # FFmpeg, decord, PIL and torch have their own kinds
+            text = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            # Without decord's line and check, and without FFmpeg's codes.
+            text = re.sub(r"^(\[[\d:]+\] \S+: )*(Check failed: .*? vs\. .*?\) ?)?", "", text)
+            answer = re.sub(r"-?\d{9,}", "invalid data", text) or "its data is invalid"
+        connection.send(answer)
+
+
+def model_identity(args: Namespace, *subfolders: str) -> dict:
+    """What tells one encoder from another: its config, and its commit on the Hub or the content of its files."""
+    model, (config, commit) = args.pretrained_model_name_or_path, read_config(args, subfolders[0])
+    identity = {"variant": args.variant, "config": config}
+    if not Path(model).is_dir():
+        return identity | {"model": model, "revision": args.revision, "commit": commit}
+    files = [path for subfolder in subfolders for path in sorted((Path(model) / subfolder).iterdir())]
+    return identity | {"files": [(f"{f.parent.name}/{f.name}", content_hash(str(f))) for f in files if f.is_file()]}
+
+
+def item_path(folder: Path, kind: str, **content) -> Path:
+    """The file of one precomputed item. Its name is a hash of all that decides its content."""
+    key = json.dumps({"format": CACHE_FORMAT, "kind": kind, **content}, sort_keys=True, default=str)
+    return folder / kind / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.{CACHE_FORMAT}.safetensors"
+
+
+def find_new(folder: Path, name: str, items: dict[object, tuple[Path, ...]]) -> list:
+    """The keys of `items` whose files are not all in `folder` and complete; of equal files the last key. The first
+    process finds them before any process writes."""
+    new = {}
+    if is_first_process():
+        folder.mkdir(parents=True, exist_ok=True)
+        for partial in folder.glob(".*.partial"):
+            if time.time() - partial.stat().st_mtime > 3600:  # a process was killed while it wrote
+                partial.unlink(missing_ok=True)
+        older = [path for path in folder.glob("*.safetensors") if f".{CACHE_FORMAT}." not in path.name]
+        if older:
+            size = sum(path.stat().st_size for path in older) / 1e9
+            logger.info(f"{folder}: {size:.2f} GB in {len(older)} files of an older version may be deleted")
+        new = {files: key for key, files in items.items() if not all(is_item(file, name) for file in files)}
+        logger.info(f"{folder}: {len(new)} of {len(items)} to encode")
+    return gather(list(new.values()))[0]
+
+
+def is_item(path: Path, name: str) -> bool:
+    """Whether `path` is a complete file with the tensor `name`. Opening it compares its header with its size."""
+    try:
+        with safe_open(path, framework="pt") as item:
+            return name in item.keys()
+    except (OSError, SafetensorError):
+        return False
+
+
+def write_item(path: Path, **tensors: Tensor) -> None:
+    """Write a precomputed item, complete or not at all. Raises RunError."""
+    partial = path.with_name(f".{path.stem}.{os.uname().nodename}.{os.getpid()}.partial")
+    advice = " (--precompute_dir takes another folder)"
+    with explain(f"{path} cannot be written", (OSError, SafetensorError), advice=advice):
+        try:
+            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
+            put_in_place(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 # ---- Batches --------------------------------------------------------------------------------------------------------
@@ -2371,9 +2286,9 @@ class Run:
     epoch: int = 0
     batch: int = 0  # micro-batches of this epoch that each process has taken
     is_encoded_in_tiles: bool = False
-    stop: StopSignal = dataclasses.field(default_factory=StopSignal)
 
     def __post_init__(self):
+        self.stop = StopSignal()
         self.base = self.accelerator.unwrap_model(self.transformer)  # the transformer without the engine's wrapper
         weights = sum(parameter.nbytes for parameter in self.base.parameters())
         states = 2 * sum(parameter.nbytes for parameter in lora_parameters(self.base).values())  # the optimizer's
@@ -2383,41 +2298,6 @@ class Run:
 
 
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------
-
-
-def file_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of each file below `folder`, STATE_FILE left out."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != STATE_FILE]
-    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
-
-
-def read_training_state(folder: Path) -> dict:
-    """`saved_at`, `settings`, `state` and file `sizes` of a complete checkpoint; {} for another folder."""
-    try:
-        return json.loads((folder / STATE_FILE).read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, the oldest first."""
-    states = {folder: read_training_state(folder) for folder in output_dir.glob("checkpoint-*")}
-    return sorted(filter(states.get, states), key=lambda folder: states[folder]["saved_at"])
-
-
-def not_finite(run: Run, what: str) -> RunError:
-    newest = ["none", *list_checkpoints(Path(run.args.output_dir))][-1]
-    saved = f"Nothing of this step was saved; the last checkpoint is {newest}"
-    advice = "a lower --learning_rate, --mixed_precision bf16 in place of fp16, or a longer --lr_warmup_steps"
-    return RunError(f"step {run.step}: {what}. {saved}. Try {advice}.", exit_code=3, is_shared=True)
-
-
-def remove_checkpoint(folder: Path) -> None:
-    """The name goes first, so that a kill leaves no part of a checkpoint under it."""
-    shutil.rmtree(partial_name(folder), ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, partial_name(folder))
-        shutil.rmtree(partial_name(folder), ignore_errors=True)
 
 
 def save_checkpoint(run: Run) -> None:
@@ -2453,15 +2333,18 @@ def save_checkpoint(run: Run) -> None:
     gather()
 
 
-def save_after_error(run: Run, batch: int, random_state: Tensor, cuda_states: list) -> None:
-    """After an error in a forward or backward pass, write a checkpoint of the last complete step, which began at
-    `batch`. Only a single process does: of several, others may be lost."""
-    if run.accelerator.num_processes == 1 and run.step:
-        torch.set_rng_state(random_state)
-        torch.cuda.set_rng_state_all(cuda_states)
-        run.batch, run.accelerator.step = batch, 0  # the micro-batches of the failed step will be taken again
-        save_checkpoint(run)
-        logger.error(RESUME_HINT)
+def remove_checkpoint(folder: Path) -> None:
+    """The name goes first, so that a kill leaves no part of a checkpoint under it."""
+    shutil.rmtree(partial_name(folder), ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, partial_name(folder))
+        shutil.rmtree(partial_name(folder), ignore_errors=True)
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, the oldest first."""
+    states = {folder: read_training_state(folder) for folder in output_dir.glob("checkpoint-*")}
+    return sorted(filter(states.get, states), key=lambda folder: states[folder]["saved_at"])
 
 
 def find_checkpoint(args: Namespace, settings: dict) -> Path | None:
@@ -2504,6 +2387,20 @@ def find_checkpoint(args: Namespace, settings: dict) -> Path | None:
     return None
 
 
+def read_training_state(folder: Path) -> dict:
+    """`saved_at`, `settings`, `state` and file `sizes` of a complete checkpoint; {} for another folder."""
+    try:
+        return json.loads((folder / STATE_FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file below `folder`, STATE_FILE left out."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != STATE_FILE]
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+
+
 def make_output_folders(args: Namespace, checkpoint: Path | None, settings: dict) -> None:
     """Make the folders that the run writes to, and run.json: what it was started with. Remove what an earlier run left
     half-written there, and the lines of metrics.jsonl after the `checkpoint` that is resumed. Raises
@@ -2538,105 +2435,25 @@ def resume(run: Run, folder: Path) -> None:
     logger.info(f"Resumed {folder}: step {run.step}, epoch {run.epoch + 1}, batch {run.batch} of it")
 
 
-# ---- Validation and publishing --------------------------------------------------------------------------------------
+def save_after_error(run: Run, batch: int, random_state: Tensor, cuda_states: list) -> None:
+    """After an error in a forward or backward pass, write a checkpoint of the last complete step, which began at
+    `batch`. Only a single process does: of several, others may be lost."""
+    if run.accelerator.num_processes == 1 and run.step:
+        torch.set_rng_state(random_state)
+        torch.cuda.set_rng_state_all(cuda_states)
+        run.batch, run.accelerator.step = batch, 0  # the micro-batches of the failed step will be taken again
+        save_checkpoint(run)
+        logger.error(RESUME_HINT)
 
 
-def start_trackers(args: Namespace, accelerator: Accelerator) -> None:
-    """Raises RunError. The token is in no tracker's configuration."""
-    shown = {name: value for name, value in vars(args).items() if name != "hub_token"}
-    config = {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in shown.items()}
-    folder = {"wandb": {"dir": accelerator.logging_dir}}
-    with explain(f"--report_to {args.report_to}"):
-        accelerator.init_trackers(args.tracker_name or DEFAULT_OUTPUT_DIR, config, folder)
+def not_finite(run: Run, what: str) -> RunError:
+    newest = ["none", *list_checkpoints(Path(run.args.output_dir))][-1]
+    saved = f"Nothing of this step was saved; the last checkpoint is {newest}"
+    advice = "a lower --learning_rate, --mixed_precision bf16 in place of fp16, or a longer --lr_warmup_steps"
+    return RunError(f"step {run.step}: {what}. {saved}. Try {advice}.", exit_code=3, is_shared=True)
 
 
-def log_metrics(run: Run, metrics: dict, scalars: dict) -> None:
-    """Write `metrics` of the last step as a line of metrics.jsonl, and `scalars` to the trackers."""
-    if not run.accelerator.is_main_process:
-        return
-    write_row(Path(run.args.output_dir, "metrics.jsonl"), {"step": run.step} | metrics)
-    with attempt("Logging to the trackers"):
-        run.accelerator.log(scalars, step=run.step)
-
-
-def send_videos(accelerator: Accelerator, files: list[Path], caption: str, step: int) -> None:
-    """Show written videos in the trackers. The name of a prompt's video is the same at each validation."""
-    for tracker, file in itertools.product(accelerator.trackers, files):
-        name = f"validation/{file.stem.split('_', 2)[-1]}"
-        with attempt("Showing videos in the trackers"):
-            if tracker.name == "wandb":
-                import wandb
-                tracker.tracker.log({name: wandb.Video(str(file), caption=caption, format="mp4")}, step=step)
-            elif tracker.name == "comet_ml":
-                tracker.tracker.log_video(str(file), name=name, step=step)
-            elif tracker.name == "tensorboard":  # as a grid of frames: its videos need moviepy
-                clip = open_clip(VideoRecord("", str(file)))
-                frames = clip.read(list(range(len(clip.times) - 1)))  # [F, H, W, C]
-                tracker.log_images({name: frames}, step=step, dataformats="NHWC")
-
-
-def validation_files(args: Namespace, step: int, is_final: bool, prompt: int) -> list[Path]:
-    """Where the --num_validation_videos of one prompt are written."""
-    stem = f"{'test' if is_final else 'validation'}_step-{step:06d}_prompt-{prompt}"
-    return [Path(args.output_dir, "validation", f"{stem}_video-{i}.mp4") for i in range(args.num_validation_videos)]
-
-
-def log_validation(
-    pipe: PIPELINE, args: Namespace, accelerator: Accelerator, pipeline_args: dict, epoch: int,
-    is_final_validation: bool = False, files: list[Path] | None = None,
-) -> list[np.ndarray]:
-    """Sample --num_validation_videos with `pipeline_args`, the same ones each time for one --seed. They are written to
-    `files`, else to <output_dir>/validation and the trackers. Returns the videos, [F, H, W, C] in [0, 1]."""
-    # CogVideoX is sampled with the DPM scheduler; a fresh one, since it keeps state from call to call.
-    pipe.scheduler = CogVideoXDPMScheduler.from_config(pipe.scheduler.config)
-    # Its own generator: sampling must neither depend on the training's random numbers nor advance them.
-    generator = torch.Generator(accelerator.device).manual_seed(0 if args.seed is None else args.seed)
-    paths, videos = files or validation_files(args, epoch, is_final_validation, 0), []
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        video = pipe(**pipeline_args, generator=generator, output_type="np").frames[0]  # [>=F, H, W, C]
-        # Of an even number of latent frames the VAE makes four frames of the first one too: the last F are the video.
-        videos.append(video[-pipeline_args.get("num_frames", 0) :])  # [F, H, W, C]
-        export_to_video(list(videos[-1]), str(path), fps=args.fps)
-    if files is None and accelerator.is_main_process:
-        send_videos(accelerator, paths, pipeline_args.get("prompt"), epoch)
-    return videos
-
-
-def sampling_settings(args: Namespace) -> dict:
-    """What all validation videos have in common, by the pipeline's names."""
-    names = ("height", "width", "num_inference_steps", "guidance_scale", "use_dynamic_cfg")
-    return {"num_frames": frames_4k_plus_1(args.max_num_frames)} | {name: getattr(args, name) for name in names}
-
-
-def stop_sampling(run: Run, _pipe: PIPELINE, _step: int, _timestep, tensors: dict) -> dict:
-    """End a sample after a signal: the pipeline calls this after each denoising step. Raises InterruptedError."""
-    if run.stop.number:
-        raise InterruptedError("a signal asks the run to stop")
-    return tensors
-
-
-@torch.no_grad()
-def log_held_out_loss(run: Run) -> None:
-    """Log the mean loss of the clips of --eval_split at 10 noise levels, with the same noise each time. A failure (out
-    of memory) is logged, and training continues. Collective."""
-    accelerator, losses = run.accelerator, {}
-    args = Namespace(**vars(run.args) | {"noised_image_dropout": 0})
-    timesteps = torch.linspace(0, run.noise_scheduler.config.num_train_timesteps - 1, 10).long().to(accelerator.device)
-    with attempt("The loss of the held-out clips"):
-        for index in run.latents.held_out[accelerator.process_index :: accelerator.num_processes]:
-            item = run.latents[index, False, False]
-            batch = {name: tensor[None].to(accelerator.device) for name, tensor in item.items()}
-            with torch.random.fork_rng(range(torch.cuda.device_count())):
-                torch.manual_seed(index)
-                latents, conditions = prepare_batch(batch, run.base.config, run.vae_config, args)
-                given = (run.base, run.noise_scheduler, latents, conditions, None)
-                losses[index] = sum(diffusion_loss(*given, timestep).item() for timestep in timesteps.split(1))
-    losses = {index: loss for found in gather(losses) for index, loss in found.items()}
-    if len(losses) == len(run.latents.held_out):  # a mean of other clips could not be compared
-        mean = {"validation/loss": sum(losses.values()) / len(losses) / len(timesteps)}
-        log_metrics(run, mean, mean)
-        logger.info(f"Loss of {len(losses)} held-out clips at step {run.step}: {mean['validation/loss']:.4f}")
+# ---- Validation -----------------------------------------------------------------------------------------------------
 
 
 def run_validation(run: Run, is_final: bool = False) -> list[tuple[str, Path]]:
@@ -2675,6 +2492,107 @@ def run_validation(run: Run, is_final: bool = False) -> list[tuple[str, Path]]:
         if accelerator.is_main_process:
             send_videos(accelerator, files, prompt, run.step)
     return videos
+
+
+def log_validation(
+    pipe: PIPELINE, args: Namespace, accelerator: Accelerator, pipeline_args: dict, epoch: int,
+    is_final_validation: bool = False, files: list[Path] | None = None,
+) -> list[np.ndarray]:
+    """Sample --num_validation_videos with `pipeline_args`, the same ones each time for one --seed. They are written to
+    `files`, else to <output_dir>/validation and the trackers. Returns the videos, [F, H, W, C] in [0, 1]."""
+    # CogVideoX is sampled with the DPM scheduler; a fresh one, since it keeps state from call to call.
+    pipe.scheduler = CogVideoXDPMScheduler.from_config(pipe.scheduler.config)
+    # Its own generator: sampling must neither depend on the training's random numbers nor advance them.
+    generator = torch.Generator(accelerator.device).manual_seed(0 if args.seed is None else args.seed)
+    paths, videos = files or validation_files(args, epoch, is_final_validation, 0), []
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        video = pipe(**pipeline_args, generator=generator, output_type="np").frames[0]  # [>=F, H, W, C]
+        # Of an even number of latent frames the VAE makes four frames of the first one too: the last F are the video.
+        videos.append(video[-pipeline_args.get("num_frames", 0) :])  # [F, H, W, C]
+        export_to_video(list(videos[-1]), str(path), fps=args.fps)
+    if files is None and accelerator.is_main_process:
+        send_videos(accelerator, paths, pipeline_args.get("prompt"), epoch)
+    return videos
+
+
+def sampling_settings(args: Namespace) -> dict:
+    """What all validation videos have in common, by the pipeline's names."""
+    names = ("height", "width", "num_inference_steps", "guidance_scale", "use_dynamic_cfg")
+    return {"num_frames": frames_4k_plus_1(args.max_num_frames)} | {name: getattr(args, name) for name in names}
+
+
+def validation_files(args: Namespace, step: int, is_final: bool, prompt: int) -> list[Path]:
+    """Where the --num_validation_videos of one prompt are written."""
+    stem = f"{'test' if is_final else 'validation'}_step-{step:06d}_prompt-{prompt}"
+    return [Path(args.output_dir, "validation", f"{stem}_video-{i}.mp4") for i in range(args.num_validation_videos)]
+
+
+def stop_sampling(run: Run, _pipe: PIPELINE, _step: int, _timestep, tensors: dict) -> dict:
+    """End a sample after a signal: the pipeline calls this after each denoising step. Raises InterruptedError."""
+    if run.stop.number:
+        raise InterruptedError("a signal asks the run to stop")
+    return tensors
+
+
+@torch.no_grad()
+def log_held_out_loss(run: Run) -> None:
+    """Log the mean loss of the clips of --eval_split at 10 noise levels, with the same noise each time. A failure (out
+    of memory) is logged, and training continues. Collective."""
+    accelerator, losses = run.accelerator, {}
+    args = Namespace(**vars(run.args) | {"noised_image_dropout": 0})
+    timesteps = torch.linspace(0, run.noise_scheduler.config.num_train_timesteps - 1, 10).long().to(accelerator.device)
+    with attempt("The loss of the held-out clips"):
+        for index in run.latents.held_out[accelerator.process_index :: accelerator.num_processes]:
+            item = run.latents[index, False, False]
+            batch = {name: tensor[None].to(accelerator.device) for name, tensor in item.items()}
+            with torch.random.fork_rng(range(torch.cuda.device_count())):
+                torch.manual_seed(index)
+                latents, conditions = prepare_batch(batch, run.base.config, run.vae_config, args)
+                given = (run.base, run.noise_scheduler, latents, conditions, None)
+                losses[index] = sum(diffusion_loss(*given, timestep).item() for timestep in timesteps.split(1))
+    losses = {index: loss for found in gather(losses) for index, loss in found.items()}
+    if len(losses) == len(run.latents.held_out):  # a mean of other clips could not be compared
+        mean = {"validation/loss": sum(losses.values()) / len(losses) / len(timesteps)}
+        log_metrics(run, mean, mean)
+        logger.info(f"Loss of {len(losses)} held-out clips at step {run.step}: {mean['validation/loss']:.4f}")
+
+
+def start_trackers(args: Namespace, accelerator: Accelerator) -> None:
+    """Raises RunError. The token is in no tracker's configuration."""
+    shown = {name: value for name, value in vars(args).items() if name != "hub_token"}
+    config = {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in shown.items()}
+    folder = {"wandb": {"dir": accelerator.logging_dir}}
+    with explain(f"--report_to {args.report_to}"):
+        accelerator.init_trackers(args.tracker_name or DEFAULT_OUTPUT_DIR, config, folder)
+
+
+def log_metrics(run: Run, metrics: dict, scalars: dict) -> None:
+    """Write `metrics` of the last step as a line of metrics.jsonl, and `scalars` to the trackers."""
+    if not run.accelerator.is_main_process:
+        return
+    write_row(Path(run.args.output_dir, "metrics.jsonl"), {"step": run.step} | metrics)
+    with attempt("Logging to the trackers"):
+        run.accelerator.log(scalars, step=run.step)
+
+
+def send_videos(accelerator: Accelerator, files: list[Path], caption: str, step: int) -> None:
+    """Show written videos in the trackers. The name of a prompt's video is the same at each validation."""
+    for tracker, file in itertools.product(accelerator.trackers, files):
+        name = f"validation/{file.stem.split('_', 2)[-1]}"
+        with attempt("Showing videos in the trackers"):
+            if tracker.name == "wandb":
+                import wandb
+                tracker.tracker.log({name: wandb.Video(str(file), caption=caption, format="mp4")}, step=step)
+            elif tracker.name == "comet_ml":
+                tracker.tracker.log_video(str(file), name=name, step=step)
+            elif tracker.name == "tensorboard":  # as a grid of frames: its videos need moviepy
+                clip = open_clip(VideoRecord("", str(file)))
+                frames = clip.read(list(range(len(clip.times) - 1)))  # [F, H, W, C]
+                tracker.log_images({name: frames}, step=step, dataformats="NHWC")
+
+
+# ---- Card and Hub ---------------------------------------------------------------------------------------------------
 
 
 def save_model_card(
@@ -2773,173 +2691,7 @@ def check_hub_access(args: Namespace) -> str | None:
     return repo_id
 
 
-# ---- Training -------------------------------------------------------------------------------------------------------
-
-
-def train(run: Run, loader: DataLoader, sampler: ShapeBatchSampler) -> None:
-    """The training loop, from wherever the run is to its last step. Raises RunError."""
-    args, accelerator, transformer = run.args, run.accelerator, run.transformer
-    progress = progress_bar(total=run.max_train_steps, initial=run.step, desc="Training", unit="step")
-    loss_sum, num_micro_batches, before_step, started = 0.0, 0, None, time.perf_counter()
-    saving = saving_activations(args)
-    transformer.train()
-    while run.step < run.max_train_steps:
-        sampler.epoch, sampler.first_batch = run.epoch, run.batch
-        for batch in loader:
-            before_step = before_step or (run.batch, torch.get_rng_state(), torch.cuda.get_rng_state_all())
-            try:
-                with accelerator.accumulate(transformer):
-                    latents, conditions = prepare_batch(batch, run.base.config, run.vae_config, args)
-                    with saving:
-                        loss = diffusion_loss(transformer, run.noise_scheduler, latents, conditions)
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients:
-                        grad_norm = accelerator.clip_grad_norm_(transformer.parameters(), args.max_grad_norm)
-            except Exception:
-                save_after_error(run, *before_step)
-                raise
-            run.optimizer.step()
-            run.optimizer.zero_grad()
-            loss_sum, num_micro_batches, run.batch = loss_sum + loss.detach(), num_micro_batches + 1, run.batch + 1
-            if not accelerator.sync_gradients:
-                continue  # nothing before this line waits for the GPU
-
-            run.lr_scheduler.step()
-            run.step += 1
-            # A process that got a signal tells the others here, so that all of them stop after the same step.
-            numbers = (loss_sum / num_micro_batches, grad_norm, run.stop.number)
-            numbers = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=loss.device) for x in numbers])
-            mean_loss, norm, stop = accelerator.reduce(numbers, reduction="mean").tolist()
-            # An fp16 gradient may overflow: the gradient scaler then skips the step, and nothing is lost.
-            if not math.isfinite(mean_loss) or not (math.isfinite(norm) or accelerator.optimizer_step_was_skipped):
-                raise not_finite(run, f"the loss is {mean_loss}, the gradient norm {norm}")
-            # The logged rate is that of the next step, as the originals logged it.
-            metrics = {"loss": mean_loss, "lr": run.lr_scheduler.get_last_lr()[0], "grad_norm": norm}
-            seconds = round(time.perf_counter() - started, 4)
-            scalars = {f"train/{name}": value for name, value in metrics.items()} | {"train/step_time": seconds}
-            originals = {"loss": mean_loss, "lr": metrics["lr"]}  # by their names
-            log_metrics(run, metrics | {"seconds": seconds}, scalars | originals)
-            progress.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{metrics['lr']:.2e}", refresh=False)
-            progress.update()
-
-            is_last = run.step >= run.max_train_steps
-            if run.step % args.checkpointing_steps == 0 or stop or is_last:
-                with stage(args, "saving", run.step):
-                    save_checkpoint(run)
-            if stop:
-                number = signal.Signals(run.stop.number or signal.SIGTERM)  # none: another process got it
-                stopped = f"stopped by {number.name} after step {run.step}. {RESUME_HINT}"
-                raise RunError(stopped, 128 + number, is_shared=True)
-            if is_last:
-                break
-            if args.validation_steps and run.step % args.validation_steps == 0:
-                run_validation(run)
-            loss_sum, num_micro_batches, before_step, started = 0.0, 0, None, time.perf_counter()
-        else:
-            run.epoch, run.batch = run.epoch + 1, 0
-            if not args.validation_steps and run.epoch % args.validation_epochs == 0:
-                run_validation(run)
-    progress.close()
-
-
-def publish(run: Run, videos: list[tuple[str, Path]], repo_id: str | None) -> None:
-    """Write the model card, and upload. Raises RunError, code 4."""
-    args, output_dir, prompts = run.args, Path(run.args.output_dir), [prompt for prompt, _ in videos]
-    sampling = sampling_settings(args) | {"max_sequence_length": run.base.config.max_text_seq_length}
-    image = next((start.get("image") for start in validation_inputs(args)), None)
-    with attempt("Writing the model card"):
-        save_model_card(
-            repo_id or output_dir.resolve().name, [file for _, file in videos], args.pretrained_model_name_or_path,
-            prompts, args.output_dir, args.fps, args.id_token, run.settings | {"steps": run.step}, sampling, image,
-        )
-    if repo_id is not None:
-        names = [LORA_FILE, "README.md", "first_frame.png", *(f"final_video_{i}.mp4" for i in range(len(videos)))]
-        names = [name for name in names if (output_dir / name).is_file()]
-        files = [CommitOperationAdd(name, output_dir / name) for name in names]
-        command = shlex.join(["hf", "upload", repo_id, args.output_dir, *(f"--include={name}" for name in names)])
-        advice = f"\nAll files are in {output_dir}. To upload them by hand, after `hf auth login`: {command}"
-        with explain(f"the upload to {repo_id} failed", exit_code=4, advice=advice):
-            HfApi(token=args.hub_token).create_commit(repo_id, files, commit_message="LoRA, its card and samples")
-        logger.info(f"Uploaded {', '.join(names)} to {repo_id}")
-    logger.info(f"Done. {output_dir} has the LoRA, its card (README.md) and each step's loss (metrics.jsonl).")
-    logger.info("For more steps or epochs: the same command with these and --resume_from_checkpoint latest.")
-
-
-def main(args: Namespace) -> None:
-    """Check, precompute, train, save, publish: the stages in order. Raises RunError."""
-    check_args(args)
-    with shared_work():  # a problem of one process or machine ends all of them with its message
-        accelerator, engine = get_accelerator(args)
-        log_device(accelerator)
-        transformer_config, vae_config = read_config(args, "transformer")[0], read_config(args, "vae")[0]
-        check_model(args, transformer_config, vae_config)
-        dataset = VideoDataset(**{name: getattr(args, name) for name in inspect.signature(VideoDataset).parameters})
-    settings = {name: getattr(args, name) for name in SETTINGS} | {
-        "num_clips": len(dataset), "num_processes": accelerator.num_processes, "engine": engine,
-        "mixed_precision": accelerator.mixed_precision, "lora_targets": args.lora_target_modules,
-    }  # fmt: skip
-    settings = json.loads(json.dumps(settings))  # as a checkpoint has them
-    checkpoint = in_first(find_checkpoint, args, settings)
-    repo_id = in_first(check_hub_access, args)
-    in_first(make_output_folders, args, checkpoint, settings)
-    log_to_file(Path(args.output_dir))
-    in_first(start_trackers, args, accelerator)
-    if args.allow_tf32:
-        torch.set_float32_matmul_precision("high")
-    saved = gather(read_training_state(checkpoint)["state"] if checkpoint else {})[0]
-    seed = random.SystemRandom().getrandbits(31) if args.seed is None else args.seed
-    seed = saved.get("seed", gather(seed)[0])
-
-    # Each encoder is alone on the device, and freed before the transformer is loaded.
-    captions = [dataset.prompt(index) for index in range(len(dataset))]
-    prompts = [*captions, *(run_input["prompt"] for run_input in validation_inputs(args)), ""]
-    with stage(args, "encoding prompts"):
-        prompt_files = precompute_prompts(args, accelerator, prompts, transformer_config["max_text_seq_length"])
-    pixels = max(height * width for _, height, width in dataset.buckets)
-    encoding = pixels * ENCODED_PIXEL * DTYPES[accelerator.mixed_precision].itemsize  # bytes
-    is_in_tiles = saved.get("is_encoded_in_tiles", needs_tiles(args, accelerator, encoding))
-    with stage(args, "encoding videos"):
-        video_files = precompute_videos(args, accelerator, dataset, is_in_tiles)
-    clips = zip(video_files, map(prompt_files.get, captions), [record.path for record in dataset.records], strict=True)
-    folders = "--output_dir and --precompute_dir must be folders that all machines share"
-    with shared_work(), explain(folders, OSError):
-        Path(args.output_dir, "metrics.jsonl").stat()
-        latents = LatentDataset([clip for clip in clips if clip[0]], prompt_files[""], args.eval_split, seed)
-    loader, sampler = get_dataloader(args, accelerator, latents, seed)
-    steps_per_epoch = math.ceil(len(sampler) / args.gradient_accumulation_steps)
-    max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-
-    set_seed(seed)  # the LoRA starts the same in all processes
-    with shared_work():  # a slow disk of one process does not end the others' first collective
-        transformer = load_transformer(args, DTYPES[accelerator.mixed_precision])
-        lora = add_lora(transformer, args.rank, args.lora_alpha, args.lora_target_modules, args.lora_blocks)
-        if args.init_lora:
-            load_lora(transformer, open_lora(args.init_lora)[0])
-        noise_scheduler = CogVideoXDPMScheduler.from_pretrained(**pretrained_source(args, "scheduler"))
-    trained = prepare(args, accelerator, transformer, max_train_steps)
-    run = Run(
-        args, accelerator, *trained, noise_scheduler, vae_config, prompt_files, latents, max_train_steps, settings,
-        seed, is_encoded_in_tiles=is_in_tiles,
-    )
-    set_seed(seed, device_specific=True)  # each process draws its own noise
-    if checkpoint is not None:
-        resume(run, checkpoint)
-    logger.info(f"Steps: {max_train_steps}, {steps_per_epoch} an epoch")
-    num_trainable = sum(parameter.numel() for parameter in lora)
-    logger.info(f"LoRA: {num_trainable:,} parameters of rank {args.rank}, applied at {args.lora_alpha / args.rank:g}")
-    try:
-        with run.stop.installed():
-            if run.step == 0:
-                run_validation(run)  # of the base model, to compare with
-            train(run, loader, sampler)
-        in_first(save_lora, run.base, Path(args.output_dir), lora_weights(run.base))
-        logger.info(f"LoRA: {args.output_dir}/{LORA_FILE}. To use it: pipe.load_lora_weights({args.output_dir!r})")
-        in_first(publish, run, run_validation(run, is_final=True), repo_id)
-    finally:
-        for tracker in accelerator.trackers:
-            with attempt(f"Closing {tracker.name}"):
-                tracker.finish()
-    accelerator.state.destroy_process_group()
+# ---- Processes ------------------------------------------------------------------------------------------------------
 
 
 def command_line() -> None:
@@ -2976,6 +2728,259 @@ def command_line() -> None:
     if is_own:
         os._exit(problem.exit_code)  # at a usual exit the process group would wait for the other processes
     sys.exit(problem.exit_code)
+
+
+def get_accelerator(args: Namespace) -> tuple[Accelerator, str]:
+    """Accelerate as the flags and its own configuration set it, and the name of its engine: "replicated" where each
+    process has all that trains. Raises RunError for an engine that is gone, or settings that do not fit."""
+    gone = "which is gone: take accelerate_configs/multi_gpu.yaml with --offload_base"
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise RunError(f"accelerate's configuration asks for FSDP, {gone}")
+    folders = ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir))
+    timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=args.nccl_timeout))
+    # As a view, gradients take their memory once. The buffers are positions, up to 68 MB and equal in all processes.
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+    autocast = AutocastKwargs(enabled=False)  # the base computes in its own dtype, as in the pipeline
+    with explain("accelerate's configuration and these flags do not fit", (ValueError, ImportError)):
+        accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=args.mixed_precision,
+            log_with=args.report_to, project_config=folders, kwargs_handlers=[timeout, ddp, autocast],
+            step_scheduler_with_optimizer=False,  # accelerate would step the schedule once a process
+        )
+    if accelerator.mixed_precision not in DTYPES:
+        raise RunError(f"accelerate's configuration says {accelerator.mixed_precision}: give --mixed_precision")
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise RunError("the launcher has started several processes, but each is alone: torch sees no GPU (nvidia-smi)")
+    if (steps := accelerator.gradient_accumulation_steps) != args.gradient_accumulation_steps:
+        raise RunError(f"accelerate's configuration says {steps}: give the same --gradient_accumulation_steps")
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return accelerator, "replicated"
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin.zero_stage == 3:
+        raise RunError(f"accelerate's configuration asks for DeepSpeed ZeRO-3, {gone}")
+    if args.quantize_base or args.compile or args.offload_base:
+        raise RunError("--quantize_base, --compile and --offload_base do not work with DeepSpeed")
+    config = plugin.deepspeed_config
+    config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+    config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
+    config["gradient_clipping"] = args.max_grad_norm  # accelerate leaves clipping to DeepSpeed
+    config["zero_force_ds_cpu_optimizer"] = False  # the optimizer is the one of --optimizer, offloaded too
+    # DeepSpeed computes with a copy of the LoRA in the compute dtype; it learns and sums gradients in fp32.
+    config["communication_data_type"] = "fp32"
+    config["data_types"] = config.get("data_types", {}) | {"grad_accum_dtype": "fp32"}
+    return accelerator, f"deepspeed zero{plugin.zero_stage}"
+
+
+def log_device(accelerator: Accelerator) -> None:
+    """Log what computes: the device, its memory, the compute dtype and the kernel that torch takes for attention. Warn
+    of a CPU that nobody asked for."""
+    device, dtype = accelerator.device, DTYPES[accelerator.mixed_precision]
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name, memory = properties.name, properties.total_memory
+    else:
+        name, memory = device.type.upper(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    query = torch.zeros(1, 1, 128, 64, dtype=dtype, device=device, requires_grad=True)  # [B, heads, S, d]
+    backward_name = F.scaled_dot_product_attention(query, query, query).grad_fn.name()
+    kernel = re.match(r"ScaledDotProduct(\w+?)Attention", backward_name)
+    kernel = kernel[1].lower() if kernel else "unfused"
+    dtype_name = accelerator.mixed_precision.replace("no", "fp32")
+    logger.info(f"Device: {name}, {memory / 2**30:.1f} GiB, {dtype_name}, {kernel} attention")
+    if device.type == "cpu" and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs only: install a CUDA build"
+        logger.warning(
+            "torch sees no GPU, so the training runs on the CPU, where a step of a published model takes an hour or "
+            f"more. Check that `nvidia-smi` lists the GPU (the driver), that CUDA_VISIBLE_DEVICES does not hide it, "
+            f"and that torch is built for it (torch {torch.__version__} is built for {build}). If the CPU is what "
+            "you want, set ACCELERATE_USE_CPU=true."
+        )
+
+
+def gather(value=None) -> list:
+    """Wait for all processes; returns the `value` of each, by rank. Raises, in all of them, a RunError among them."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value, group=waiting_group())
+    for error in (value for value in values if isinstance(value, RunError)):
+        error.is_shared = True
+        raise error
+    return values
+
+
+@contextlib.contextmanager
+def shared_work() -> Iterator[None]:
+    """Work of which each process does its share: it ends when all have done theirs, or with the RunError of one."""
+    problem = None
+    try:
+        yield
+    except RunError as error:
+        problem = error
+    gather(problem)
+
+
+def in_first(action: Callable, *arguments):
+    """What `action` returns in the first process, the only one that does it. All raise a RunError that it raises."""
+    with shared_work():
+        value = action(*arguments) if is_first_process() else None
+    return gather(value)[0]
+
+
+# Where processes wait while others encode or sample, which may take hours; a collective of the default group gives up
+# after --nccl_timeout seconds. A lost process is noticed at once.
+waiting_group = functools.cache(functools.partial(dist.new_group, backend="gloo", timeout=timedelta(days=1)))
+
+
+def is_first_process() -> bool:
+    """Before accelerate is set up, and for the log."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+class StopSignal:
+    """While it is installed, it notes SIGINT and SIGTERM: the loop finishes its step and writes a checkpoint. A second
+    signal ends the process. Within a second it counts as the first one, which launchers pass on."""
+
+    number, noted_at = 0, 0.0
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        handlers = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        yield
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    def note(self, number: int, _frame) -> None:
+        if self.number and time.monotonic() - self.noted_at > 1:
+            os._exit(128 + number)
+        self.number, self.noted_at = self.number or number, self.noted_at or time.monotonic()
+
+
+@contextlib.contextmanager
+def stage(args: Namespace, name: str, step: int = 0) -> Iterator[None]:
+    """A part of the run whose duration is noted in stages.jsonl."""
+    started = time.perf_counter()
+    yield
+    if is_first_process():
+        row = {"step": step, "stage": name, "seconds": round(time.perf_counter() - started, 3)}
+        write_row(Path(args.output_dir, "stages.jsonl"), row)
+
+
+def write_row(path: Path, row: dict) -> None:
+    """Add a line of JSON, with the peak of device memory in bytes since the last such line (on the CPU: of host memory
+    in all)."""
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # JSON has no NaN or Infinity: they become null, which every reader takes.
+    row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} | {"memory": peak}
+    with attempt(f"Writing {path.name}"), path.open("a") as file:
+        file.write(f"{json.dumps(row)}\n")
+
+
+def progress_bar(**keywords) -> tqdm:
+    """Progress of the first process: a bar on a terminal, else lines of the log."""
+    if not is_first_process() or sys.stderr.isatty():
+        return tqdm(disable=not is_first_process(), **keywords)
+    line = "{desc}: {n_fmt} of {total_fmt}, {elapsed} elapsed, {remaining} remaining, {rate_fmt}{postfix}"
+    bar = ProgressLog(file=io.StringIO(), bar_format=line, mininterval=10, miniters=1, smoothing=0, **keywords)
+    bar.last_print_t = -math.inf  # the first item is due at once
+    return bar
+
+
+class ProgressLog(tqdm):
+    """A progress bar for log files: a line at the first and the last item, and every 10 seconds between."""
+
+    def display(self, *_arguments, **_keywords) -> None:
+        if self.n > self.last_print_n:
+            logger.info(str(self))
+
+
+def set_up_logging() -> None:
+    """Set up one log, of the first process and of the others' errors; of the libraries, what a user can act on. Its
+    lines are kept for the log file, which does not exist yet."""
+    # tqdm's own lock is a semaphore that forked processes share: a decoding process that is killed could keep it.
+    tqdm.set_lock(threading.RLock())
+    level = logging.WARNING if is_first_process() else logging.ERROR
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=level)
+    logger.setLevel(logging.INFO if is_first_process() else logging.ERROR)
+    logger.addHandler(logging.handlers.MemoryHandler(capacity=10_000, flushLevel=sys.maxsize))
+    if not (is_first_process() and sys.stderr.isatty()):
+        for library in (diffusers.utils.logging, transformers.utils.logging):
+            library.disable_progress_bar()
+        disable_progress_bars()  # the Hub's
+
+
+def log_to_file(output_dir: Path) -> None:
+    """Write the log of this process to a file of its own, too, from its first line on. The files of processes after
+    the first appear with their first error. Raises RunError."""
+    rank = int(os.environ.get("RANK", 0))
+    with explain("--output_dir cannot be written", OSError):
+        log_file = logging.FileHandler(output_dir / log_file_name(rank), delay=rank > 0)
+    log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for handler in logger.handlers:
+        if isinstance(handler, logging.handlers.MemoryHandler):
+            handler.setTarget(log_file)
+            handler.close()  # hands over its lines
+    logger.handlers = [log_file]
+
+
+def log_file_name(rank: int) -> str:
+    """Return the name of a process's log in the output folder. Processes after the first log errors only."""
+    return f"train.rank{rank}.log" if rank else "train.log"
+
+
+def last_errors(output_dir: Path) -> list[str]:
+    """Return the errors of this run that the logs of other processes end with, each with its rank. Those of processes
+    that have only noticed the end of another one tell nothing."""
+    found = []
+    for rank in range(int(os.environ.get("WORLD_SIZE", 1))):
+        if rank == int(os.environ.get("RANK", 0)):
+            continue
+        path = output_dir / log_file_name(rank)
+        with contextlib.suppress(OSError):  # no such log, or no such folder
+            is_of_this_run = path.stat().st_mtime >= (output_dir / "run.json").stat().st_mtime
+            records = re.split(r"^(?=\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} )", path.read_text().strip(), flags=re.M)
+            _, is_error, message = records[-1].partition(" ERROR ")
+            if is_of_this_run and is_error and not message.startswith(OTHER_LOST):
+                found.append(f"rank {rank} ended: {message} ({path})")
+    return found
+
+
+@contextlib.contextmanager
+def attempt(what: str) -> Iterator[None]:
+    """What the training does not depend on. A failure is logged, once if it repeats, and the run continues."""
+    try:
+        yield
+    except Exception as error:  # trackers, full disks and networks raise many kinds
+        log_error_once(f"{what} failed; training does not depend on it: {type(error).__name__}: {error}")
+
+
+log_error_once = functools.cache(logger.error)
+log_warning_once = functools.cache(logger.warning)
+
+
+def flush(path: Path) -> None:
+    """Write a file, or the names in a folder, to the disk itself: a power cut can empty what is in memory."""
+    os.fsync(descriptor := os.open(path, os.O_RDONLY))
+    os.close(descriptor)
+
+
+def partial_name(path: Path) -> Path:
+    """What a file or folder is called until it is complete."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Rename a complete file to its final name, with the access rights of any new file: safetensors gives its files
+    to their owner alone (safetensors issue 782)."""
+    umask = os.umask(0)
+    os.umask(umask)
+    partial.chmod(0o666 & ~umask)
+    flush(partial)
+    os.replace(partial, path)
+    flush(path.parent)
 
 
 if __name__ == "__main__":
