@@ -608,56 +608,36 @@ def main(args: Namespace) -> None:
 
 
 def train(run: Run, loader: DataLoader, sampler: ShapeBatchSampler) -> None:
-    """The training loop, from wherever the run is to its last step. Raises RunError."""
-    args, accelerator, transformer = run.args, run.accelerator, run.transformer
+    """Run the training loop, from wherever the run is to its last step. Raises RunError."""
+    args = run.args
     progress = progress_bar(total=run.max_train_steps, initial=run.step, desc="Training", unit="step")
-    loss_sum, num_micro_batches, before_step, started = 0.0, 0, None, time.perf_counter()
-    saving = saving_activations(args)
-    transformer.train()
+    losses = []  # of the micro-batches of this step
+    started = time.perf_counter()
+    run.transformer.train()
     while run.step < run.max_train_steps:
         sampler.epoch, sampler.first_batch = run.epoch, run.batch
         for batch in loader:
-            before_step = before_step or (run.batch, torch.get_rng_state(), torch.cuda.get_rng_state_all())
+            if not losses:
+                before_step = (run.batch, torch.get_rng_state(), torch.cuda.get_rng_state_all())
             try:
-                with accelerator.accumulate(transformer):
-                    latents, conditions = prepare_batch(batch, run.base.config, run.vae_config, args)
-                    with saving:
-                        loss = diffusion_loss(transformer, run.noise_scheduler, latents, conditions)
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients:
-                        grad_norm = accelerator.clip_grad_norm_(transformer.parameters(), args.max_grad_norm)
+                loss, grad_norm = train_step(run, batch)
             except Exception:
                 save_after_error(run, *before_step)
                 raise
-            run.optimizer.step()
-            run.optimizer.zero_grad()
-            loss_sum, num_micro_batches, run.batch = loss_sum + loss.detach(), num_micro_batches + 1, run.batch + 1
-            if not accelerator.sync_gradients:
+            losses.append(loss)
+            run.batch += 1
+            if grad_norm is None:
                 continue  # nothing before this line waits for the GPU
 
-            run.lr_scheduler.step()
             run.step += 1
-            # A process that got a signal tells the others here, so that all of them stop after the same step.
-            numbers = (loss_sum / num_micro_batches, grad_norm, run.stop.number)
-            numbers = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=loss.device) for x in numbers])
-            mean_loss, norm, stop = accelerator.reduce(numbers, reduction="mean").tolist()
-            # An fp16 gradient may overflow: the gradient scaler then skips the step, and nothing is lost.
-            if not math.isfinite(mean_loss) or not (math.isfinite(norm) or accelerator.optimizer_step_was_skipped):
-                raise not_finite(run, f"the loss is {mean_loss}, the gradient norm {norm}")
-            # The logged rate is that of the next step, as the originals logged it.
-            metrics = {"loss": mean_loss, "lr": run.lr_scheduler.get_last_lr()[0], "grad_norm": norm}
-            seconds = round(time.perf_counter() - started, 4)
-            scalars = {f"train/{name}": value for name, value in metrics.items()} | {"train/step_time": seconds}
-            originals = {"loss": mean_loss, "lr": metrics["lr"]}  # by their names
-            log_metrics(run, metrics | {"seconds": seconds}, scalars | originals)
-            progress.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{metrics['lr']:.2e}", refresh=False)
+            metrics, is_stopped = finish_step(run, losses, grad_norm, started)
+            progress.set_postfix(loss=f"{metrics['loss']:.4f}", lr=f"{metrics['lr']:.2e}", refresh=False)
             progress.update()
-
             is_last = run.step >= run.max_train_steps
-            if run.step % args.checkpointing_steps == 0 or stop or is_last:
+            if run.step % args.checkpointing_steps == 0 or is_stopped or is_last:
                 with stage(args, "saving", run.step):
                     save_checkpoint(run)
-            if stop:
+            if is_stopped:
                 number = signal.Signals(run.stop.number or signal.SIGTERM)  # none: another process got it
                 stopped = f"stopped by {number.name} after step {run.step}. {RESUME_HINT}"
                 raise RunError(stopped, 128 + number, is_shared=True)
@@ -665,12 +645,57 @@ def train(run: Run, loader: DataLoader, sampler: ShapeBatchSampler) -> None:
                 break
             if args.validation_steps and run.step % args.validation_steps == 0:
                 run_validation(run)
-            loss_sum, num_micro_batches, before_step, started = 0.0, 0, None, time.perf_counter()
+            losses = []
+            started = time.perf_counter()
         else:
-            run.epoch, run.batch = run.epoch + 1, 0
+            run.epoch += 1
+            run.batch = 0
             if not args.validation_steps and run.epoch % args.validation_epochs == 0:
                 run_validation(run)
     progress.close()
+
+
+def train_step(run: Run, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Train on one micro-batch. After --gradient_accumulation_steps of them the LoRA changes. Return the loss, and the
+    norm of the gradients, which is None before that."""
+    args, accelerator = run.args, run.accelerator
+    grad_norm = None
+    with accelerator.accumulate(run.transformer):
+        latents, conditions = prepare_batch(batch, run.base.config, run.vae_config, args)
+        with saving_activations(args):
+            loss = diffusion_loss(run.transformer, run.noise_scheduler, latents, conditions)
+        accelerator.backward(loss)
+        if accelerator.sync_gradients:  # this micro-batch is the last one of its step
+            grad_norm = accelerator.clip_grad_norm_(run.transformer.parameters(), args.max_grad_norm)
+    run.is_updating = True
+    run.optimizer.step()  # accelerate leaves it out within a step, as it does zero_grad
+    run.optimizer.zero_grad()
+    run.is_updating = False
+    if accelerator.sync_gradients:
+        run.lr_scheduler.step()
+    return loss.detach(), grad_norm
+
+
+def finish_step(run: Run, losses: list[Tensor], grad_norm: Tensor, started: float) -> tuple[dict, bool]:
+    """Log the step that was just taken, since `started`. Return what was logged, and whether a process got a signal to
+    stop: all processes learn of it here, so that they stop after the same step. Raises RunError for a loss or
+    gradients that are not finite."""
+    numbers = []
+    for number in (sum(losses) / len(losses), grad_norm, run.stop.number):
+        numbers.append(torch.as_tensor(number, dtype=torch.float32, device=losses[0].device))
+    loss, norm, signal_number = run.accelerator.reduce(torch.stack(numbers), reduction="mean").tolist()
+    seconds = round(time.perf_counter() - started, 4)
+    # An fp16 gradient may overflow: the gradient scaler then skips the step, and nothing is lost.
+    if not math.isfinite(loss) or not (math.isfinite(norm) or run.accelerator.optimizer_step_was_skipped):
+        raise not_finite(run, f"the loss is {loss}, the gradient norm {norm}")
+    # The logged rate is that of the next step, as the originals logged it.
+    metrics = {"loss": loss, "lr": run.lr_scheduler.get_last_lr()[0], "grad_norm": norm, "seconds": seconds}
+    scalars = {
+        "train/loss": loss, "train/lr": metrics["lr"], "train/grad_norm": norm, "train/step_time": seconds,
+        "loss": loss, "lr": metrics["lr"],  # by the originals' names
+    }  # fmt: skip
+    log_metrics(run, metrics, scalars)
+    return metrics, signal_number != 0
 
 
 def publish(run: Run, videos: list[tuple[str, Path]], repo_id: str | None) -> None:
@@ -2286,6 +2311,7 @@ class Run:
     epoch: int = 0
     batch: int = 0  # micro-batches of this epoch that each process has taken
     is_encoded_in_tiles: bool = False
+    is_updating: bool = False  # the optimizer is changing the LoRA
 
     def __post_init__(self):
         self.stop = StopSignal()
@@ -2438,7 +2464,7 @@ def resume(run: Run, folder: Path) -> None:
 def save_after_error(run: Run, batch: int, random_state: Tensor, cuda_states: list) -> None:
     """After an error in a forward or backward pass, write a checkpoint of the last complete step, which began at
     `batch`. Only a single process does: of several, others may be lost."""
-    if run.accelerator.num_processes == 1 and run.step:
+    if run.accelerator.num_processes == 1 and run.step and not run.is_updating:  # else the LoRA may be half changed
         torch.set_rng_state(random_state)
         torch.cuda.set_rng_state_all(cuda_states)
         run.batch, run.accelerator.step = batch, 0  # the micro-batches of the failed step will be taken again

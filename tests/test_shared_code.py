@@ -118,7 +118,7 @@ def test_files_differ_in_fewer_than_200_lines():
 
 
 DRIFTS = {
-    "a shared function": ("        run.optimizer.zero_grad()\n", "        run.optimizer.zero_grad(False)\n"),
+    "a shared function": ("    run.optimizer.zero_grad()\n", "    run.optimizer.zero_grad(False)\n"),
     "a shared constant": ('"to_out.0"]', '"to_out.0", "proj"]'),
     "a comment in a shared function": ("# nothing before this line waits for the GPU", "# nothing waits"),
     "a decorator": ("@functools.lru_cache(maxsize=32)\ndef prepare", "def prepare"),
