@@ -467,13 +467,9 @@ from diffusers.models.transformers import cogvideox_transformer_3d as diffusers_
 from diffusers.optimization import get_scheduler
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from diffusers.quantizers.quantization_config import BitsAndBytesConfig
-from diffusers.training_utils import cast_training_params
 from diffusers.utils import export_to_video
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import disable_progress_bars
-from peft import LoraConfig
-from peft.tuners.lora import Linear as PeftLinear
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -860,30 +856,30 @@ def load_transformer(args: Namespace, dtype: torch.dtype) -> CogVideoXTransforme
         block.num_parts = 8 if args.offload_activations and not args.compile else 1
         if args.compile:  # for each shape: once for the first block, whose input needs no gradient, and once for all
             block.compile(dynamic=False)
-    return transformer.requires_grad_(False)
+    return transformer
 
 
 def add_lora(
     transformer: CogVideoXTransformer3DModel, rank: int, lora_alpha: float, layers: list[str] = LORA_TARGETS,
     blocks: str | None = None,
 ) -> list[torch.nn.Parameter]:  # fmt: skip
-    """Add LoRA matrices to `layers`, of all `blocks` or of such as "21-41"; returns them, the only parameters that
-    train, in fp32. No gradient is computed in the blocks before the first one that has them."""
-    config = LoraConfig(r=rank, lora_alpha=lora_alpha, target_modules=layers)
+    """Put a LoRA beside `layers`, in all blocks or in `blocks` such as "21-41". Return its matrices, the only
+    parameters that train. No gradient is computed in the blocks before the first one that has them."""
+    transformer.requires_grad_(False)
+    ends = tuple(f".{layer}" for layer in layers)
+    names = [name for name, _ in transformer.named_modules() if f".{name}".endswith(ends)]
+    # peft's fields, and no more: a version that does not know one of them refuses the file.
+    transformer.lora_metadata = {"r": rank, "lora_alpha": lora_alpha, "target_modules": layer_names(layers)}
     numbers = block_numbers(blocks) if blocks is not None else []
     if 0 < len(numbers) < len(transformer.transformer_blocks):  # all blocks are as none named
-        config.layers_to_transform = numbers
-        # The layers have their full names, which peft looks for first: before 0.21 it found no block by its number.
         starts = tuple(f"transformer_blocks.{number}." for number in numbers)
-        ends = tuple(f".{layer}" for layer in layers)
-        names = (name for name, _ in transformer.named_modules())
-        config.target_modules = {name for name in names if name.startswith(starts) and name.endswith(ends)}
-    transformer.add_adapter(config)
-    cast_training_params(transformer, dtype=torch.float32)
-    for layer in transformer.modules():
-        if isinstance(layer, LoraLayer):
-            layer.__class__ = LoraLinear
-            layer.lora_A["default"].__class__ = layer.lora_B["default"].__class__ = LoraMatrix
+        names = [name for name in names if name.startswith(starts)]
+        # The layers have their full names, which peft looks for first: before 0.21 it found no block by its number.
+        transformer.lora_metadata |= {"target_modules": sorted(names), "layers_to_transform": numbers}
+    for name in names:
+        layer = transformer.get_submodule(name)
+        if isinstance(layer, torch.nn.Linear):
+            transformer.set_submodule(name, LoraLinear(layer, rank, lora_alpha))
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
 
@@ -893,23 +889,33 @@ def block_numbers(blocks: str) -> list[int]:
     return list(range(first, last + 1))
 
 
-class LoraMatrix(torch.nn.Linear):
-    """A matrix of a LoRA: kept in fp32, and applied in the dtype of its input. With `add_to`, it returns that plus
-    `scale` times its product, rounded once."""
+class LoraLinear(torch.nn.Module):
+    """A frozen linear layer with a LoRA: base(x) + scale * B(A(x)). Its matrices A [rank, in] and B [out, rank] are
+    kept in fp32, and applied in the dtype of the tokens x [B, S + V, in]. Source: arXiv 2106.09685."""
 
-    def forward(self, tokens: Tensor, scale: float = 1.0, add_to: Tensor | None = None) -> Tensor:
-        weight = (self.weight * scale).to(tokens.dtype)
-        if add_to is None:
-            return F.linear(tokens, weight)
-        return torch.addmm(add_to.flatten(0, -2), tokens.flatten(0, -2), weight.T).view_as(add_to)
-
-
-class LoraLinear(PeftLinear):
-    """peft's linear layer without its casts of the tokens."""
+    def __init__(self, base_layer: torch.nn.Linear, rank: int, alpha: float):
+        super().__init__()
+        self.base_layer = base_layer
+        self.scale = alpha / rank
+        # Named as peft names them, which older checkpoints of DeepSpeed have.
+        self.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(base_layer.in_features, rank, bias=False)})
+        self.lora_B = torch.nn.ModuleDict({"default": torch.nn.Linear(rank, base_layer.out_features, bias=False)})
+        start = self.lora_A["default"].weight
+        torch.nn.init.kaiming_uniform_(start, a=math.sqrt(5))
+        torch.nn.init.zeros_(self.lora_B["default"].weight)  # so that it changes nothing at first
+        if base_layer.weight.is_floating_point():
+            # Rounded as peft does it, so that a seed gives the same LoRA as before.
+            start.data = start.to(base_layer.weight.dtype).float()
+        self.lora_A.to(base_layer.weight.device)
+        self.lora_B.to(base_layer.weight.device)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.lora_A["default"](tokens)  # [B, S + V, rank]
-        return self.lora_B["default"](hidden, self.scaling["default"], add_to=self.base_layer(tokens))
+        down = self.lora_A["default"].weight.to(tokens.dtype)  # [rank, in]
+        up = (self.scale * self.lora_B["default"].weight).to(tokens.dtype)  # [out, rank]
+        hidden = F.linear(tokens, down)  # [B, S + V, rank]
+        result = self.base_layer(tokens)  # [B, S + V, out]
+        # Product and sum are one operation, which is rounded once.
+        return torch.addmm(result.flatten(0, -2), hidden.flatten(0, -2), up.T).view_as(result)  # [B, S + V, out]
 
 
 def lora_parameters(transformer: CogVideoXTransformer3DModel) -> dict[str, torch.nn.Parameter]:
@@ -933,16 +939,11 @@ def lora_weights(transformer: CogVideoXTransformer3DModel) -> dict[str, Tensor]:
 def save_lora(transformer: CogVideoXTransformer3DModel, folder: Path, weights: dict[str, Tensor]) -> None:
     """Write `weights`, of `lora_weights`, as LORA_FILE into `folder`, complete or not at all. Its metadata makes
     `pipe.load_lora_weights(folder)` apply alpha / rank, once. Raises RunError, code 1."""
-    config = transformer.peft_config["default"]
-    # No other field of peft's: a version that does not know one of them refuses the file.
-    metadata = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": layer_names(config.target_modules)}
-    if config.layers_to_transform is not None:
-        metadata["layers_to_transform"] = config.layers_to_transform
     path = folder / LORA_FILE
     with explain(f"{path} cannot be written", (OSError, SafetensorError), exit_code=1):
         PIPELINE.save_lora_weights(
             folder, transformer_lora_layers=weights, weight_name=partial_name(path).name,
-            transformer_lora_adapter_metadata=metadata,
+            transformer_lora_adapter_metadata=transformer.lora_metadata,
         )
         put_in_place(partial_name(path), path)
 

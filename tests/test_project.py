@@ -367,7 +367,7 @@ def test_the_check_is_launched_like_the_training(tmp_path):
 PACKAGE_OF = {"PIL": "pillow"}
 NOT_REQUIRED = {"deepspeed"}  # only some configurations need it
 NOT_IMPORTED = {  # other packages use them, for the reasons that requirements.txt gives
-    "sentencepiece", "protobuf", "imageio", "imageio-ffmpeg", "tensorboard",
+    "peft", "sentencepiece", "protobuf", "imageio", "imageio-ffmpeg", "tensorboard",
 }  # fmt: skip
 FOR_SINGLE_FLAGS = ["bitsandbytes", "prodigyopt", "datasets", "tensorboard", "wandb", "comet_ml", "deepspeed"]
 
