@@ -691,9 +691,9 @@ def diffusion_loss(
     transformer: torch.nn.Module, noise_scheduler: CogVideoXDPMScheduler, latents: Tensor,
     conditions: dict, noise: Tensor | None = None, timesteps: Tensor | None = None,
 ) -> Tensor:
-    """The training loss of latents [B, f, C, h, w] (fp32): a scalar, fp32, over the frames after `num_padding`. Noise
-    and timesteps [B] are drawn from the global generator unless given. All but the transformer computes in fp32: in
-    bf16 the 1000 noise levels of the scheduler collapse to 193."""
+    """Return the training loss of latents [B, f, C, h, w] (fp32): a scalar, fp32, over the frames after `num_padding`.
+    Noise and timesteps [B] are drawn from the global generator unless given. All but the transformer computes in fp32:
+    in bf16 the 1000 noise levels of the scheduler collapse to 193."""
     conditions = dict(conditions)
     num_padding = conditions.pop("num_padding", 0)
     if noise is None:
@@ -727,16 +727,17 @@ def prepare_batch(
 
 
 def sample_latents(moments: Tensor, scaling_factor: float) -> Tensor:
-    """A fresh sample of the latent distribution [B, 2c, f, h, w], scaled for the transformer: [B, f, c, h, w]."""
+    """Draw a fresh sample of the latent distribution [B, 2c, f, h, w], scaled for the transformer: [B, f, c, h, w]."""
     latents = DiagonalGaussianDistribution(moments.float()).sample() * scaling_factor  # [B, c, f, h, w]
     return latents.permute(0, 2, 1, 3, 4).contiguous()  # [B, f, c, h, w]
 
 
 def rotary_for(transformer_config, vae_config: dict, latents: Tensor) -> tuple[Tensor, Tensor] | None:
-    """What the pipeline feeds as `image_rotary_emb` for latents [B, f, C, h, w]; None for a model without (2B)."""
+    """Return the `image_rotary_emb` that the pipeline feeds for latents [B, f, C, h, w]; None for a 2B, without it."""
     if not transformer_config.use_rotary_positional_embeddings:
         return None
-    (num_frames, _, height, width), config = latents.shape[1:], transformer_config
+    config = transformer_config
+    num_frames, _, height, width = latents.shape[1:]
     scale = pixels_per_latent(vae_config)
     return prepare_rotary_positional_embeddings(
         height * scale, width * scale, num_frames, scale, config.patch_size, config.attention_head_dim,
@@ -750,21 +751,24 @@ def prepare_rotary_positional_embeddings(
     attention_head_dim: int = 64, device: torch.device | None = None, base_height: int = 480, base_width: int = 720,
     patch_size_t: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Rotary position embeddings (cos, sin) of all video tokens, each [f * h/p * w/p, head dim]; made once a shape.
+    """Return the rotary positions (cos, sin) of all video tokens, each [f * h/p * w/p, head dim]; made once a shape.
     `height`, `width` and the base size that the model was trained at are in pixels, `num_frames` in latent frames.
     With `patch_size_t` (CogVideoX 1.5), f / patch_size_t tokens along time, and the base size is the largest one.
     Source: CogVideoXPipeline._prepare_rotary_positional_embeddings."""
     token = vae_scale_factor_spatial * patch_size  # pixels along each side
-    grid_size, base_size = (height // token, width // token), (base_height // token, base_width // token)
+    grid_size = (height // token, width // token)
+    base_size = (base_height // token, base_width // token)
     if patch_size_t is not None:
-        frames, grid = -(-num_frames // patch_size_t), {"grid_type": "slice", "max_size": base_size}
-        return get_3d_rotary_pos_embed(attention_head_dim, None, grid_size, frames, device=device, **grid)
+        frames = math.ceil(num_frames / patch_size_t)
+        return get_3d_rotary_pos_embed(
+            attention_head_dim, None, grid_size, frames, device=device, grid_type="slice", max_size=base_size
+        )
     crops_coords = get_resize_crop_region_for_grid(grid_size, base_size[1], base_size[0])
     return get_3d_rotary_pos_embed(attention_head_dim, crops_coords, grid_size, num_frames, device=device)
 
 
 def pixels_per_latent(vae_config: dict) -> int:
-    """Along height and along width."""
+    """Return the pixels along each side of a frame that one latent pixel stands for."""
     return 2 ** (len(vae_config["block_out_channels"]) - 1)
 
 
@@ -772,7 +776,7 @@ def pixels_per_latent(vae_config: dict) -> int:
 
 
 def read_config(args: Namespace, subfolder: str) -> tuple[dict, str | None]:
-    """The config of one component, without its weights, and its commit if it is on the Hub. Raises RunError."""
+    """Return the config of one component of the model, and its commit if it is on the Hub. Raises RunError."""
     model = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
     with explain(f"{model} is no diffusers-format model, in a local folder or on the Hub", (OSError, ValueError)):
         # Of any component: load_config only reads config.json.
@@ -781,23 +785,21 @@ def read_config(args: Namespace, subfolder: str) -> tuple[dict, str | None]:
 
 def check_model(args: Namespace, transformer_config: dict, vae_config: dict) -> None:
     """Refuse, by their configs, checkpoints that this script cannot train. Raises RunError."""
-    config, model = transformer_config, f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+    config = transformer_config
+    model = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
     if config.get("_class_name") != "CogVideoXTransformer3DModel":
         raise RunError(f"{model} is not a CogVideoX: its transformer is a {config.get('_class_name')}")
-    in_channels, latent_channels = config["in_channels"], vae_config["latent_channels"]
-    kinds = {1: "text-to-video", 2: "image-to-video"}  # latents on the input channels: noisy ones, and an image's
-    kind = kinds.get(in_channels / latent_channels)
-    if kind is None:
+    in_channels = config["in_channels"]
+    latent_channels = vae_config["latent_channels"]
+    if in_channels == latent_channels:
+        kind = "text-to-video"
+    elif in_channels == 2 * latent_channels:  # the start image's latents beside the noisy ones
+        kind = "image-to-video"
+    else:
         raise RunError(f"{model}: its transformer takes {in_channels} channels, its VAE makes {latent_channels}")
     if kind != KIND:
         raise RunError(f"{model} is a model for {kind}: train it with {TRAINERS[kind]}")
-    own = [config[name] * pixels_per_latent(vae_config) for name in ("sample_height", "sample_width")]
-    is_fixed, patch_size_t = config.get("use_learned_positional_embeddings"), config.get("patch_size_t")
-    for size in ([args.height, args.width], *(list(sides) for _, *sides in args.buckets or [])):
-        nearest = own if is_fixed else list(map(min, size, own))
-        if size != nearest and (is_fixed or patch_size_t):  # its table of positions has this size
-            works = f"works {'at' if is_fixed else 'up to'} {own[0]} x {own[1]}"
-            raise RunError(f"{model} {works}: --height {nearest[0]} --width {nearest[1]}, not {size[0]} x {size[1]}")
+    check_sizes(args, model, config, pixels_per_latent(vae_config))
     if args.lora_target_modules != LORA_TARGETS:  # these every CogVideoX has
         check_layers(args, config)
     if args.lora_blocks is not None and block_numbers(args.lora_blocks)[-1] >= config["num_layers"]:
@@ -805,12 +807,33 @@ def check_model(args: Namespace, transformer_config: dict, vae_config: dict) -> 
     frames = frames_4k_plus_1(args.max_num_frames)
     if frames != args.max_num_frames:
         logger.warning(f"--max_num_frames {args.max_num_frames} is not 4k+1: {frames} frames are used.")
+    patch_size_t = config.get("patch_size_t")
     if patch_size_t and args.fps != 16:
         logger.warning(f"CogVideoX 1.5 makes 16 frames a second: give --fps 16 in place of {args.fps}.")
     latent_frames = (frames - 1) // 4 + 1
     if num_padding := -latent_frames % (patch_size_t or 1):
         padding = f"{latent_frames} latent frames, with {num_padding} of padding before them, as in the pipeline"
         logger.info(f"{frames} frames are {padding}; {frames + 4 * num_padding} frames would need none.")
+
+
+def check_sizes(args: Namespace, model: str, config: dict, pixels: int) -> None:
+    """Refuse heights and widths beyond the model's table of positions; `pixels` are those of a latent pixel's side.
+    Raises RunError."""
+    own_height = config["sample_height"] * pixels
+    own_width = config["sample_width"] * pixels
+    sizes = [(height, width) for _, height, width in args.buckets or []]
+    for height, width in [(args.height, args.width), *sizes]:
+        if config.get("use_learned_positional_embeddings"):
+            nearest = (own_height, own_width)
+            works = "works at"
+        elif config.get("patch_size_t"):
+            nearest = (min(height, own_height), min(width, own_width))
+            works = "works up to"
+        else:
+            continue
+        if (height, width) != nearest:
+            instead = f"--height {nearest[0]} --width {nearest[1]}, not {height} x {width}"
+            raise RunError(f"{model} {works} {own_height} x {own_width}: {instead}")
 
 
 def check_layers(args: Namespace, transformer_config: dict) -> None:
@@ -829,20 +852,24 @@ def check_layers(args: Namespace, transformer_config: dict) -> None:
 
 
 def pretrained_source(args: Namespace, subfolder: str, dtype: torch.dtype | None = None) -> dict:
-    """What `from_pretrained` takes for one component of the model; a `dtype` is for those with weights."""
+    """Return what `from_pretrained` takes for one component of the model; a `dtype` is for those with weights."""
     source = {name: getattr(args, name) for name in ("pretrained_model_name_or_path", "revision", "cache_dir")}
-    return source | {"subfolder": subfolder} | ({"variant": args.variant, "dtype": dtype} if dtype else {})
+    source["subfolder"] = subfolder
+    if dtype is not None:
+        source |= {"variant": args.variant, "dtype": dtype}
+    return source
 
 
 def load_transformer(args: Namespace, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
     """Load the frozen base, straight in the compute dtype, or quantized file by file as it loads."""
-    source, explained = pretrained_source(args, "transformer", dtype), contextlib.nullcontext()
+    source = pretrained_source(args, "transformer", dtype)
     if args.quantize_base == "nf4":
         source["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
-        explained = explain("--quantize_base nf4", RuntimeError)
-    with explained:
+        with explain("--quantize_base nf4", RuntimeError):
+            transformer = CogVideoXTransformer3DModel.from_pretrained(**source)
+    else:
         transformer = CogVideoXTransformer3DModel.from_pretrained(**source)
     recompute = functools.partial(checkpoint, use_reentrant=False)
     if args.gradient_checkpointing:
@@ -852,7 +879,8 @@ def load_transformer(args: Namespace, dtype: torch.dtype) -> CogVideoXTransforme
         torch._dynamo.config.recompile_limit = 64  # sizes of clips; each is compiled for training and for sampling
         torch._dynamo.config.suppress_errors = True  # without a compiler the blocks run as they are; torch prints why
     for block in transformer.transformer_blocks:
-        block.__class__, block.recompute = CogVideoXBlock, recompute
+        block.__class__ = CogVideoXBlock  # the same layers, another way to compute
+        block.recompute = recompute
         block.num_parts = 8 if args.offload_activations and not args.compile else 1
         if args.compile:  # for each shape: once for the first block, whose input needs no gradient, and once for all
             block.compile(dynamic=False)
@@ -919,9 +947,12 @@ class LoraLinear(torch.nn.Module):
 
 
 def lora_parameters(transformer: CogVideoXTransformer3DModel) -> dict[str, torch.nn.Parameter]:
-    """What trains, by the names of the saved file: peft's, without the adapter's name."""
-    trained = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
-    return {name.replace(".default.", "."): parameter for name, parameter in trained.items()}
+    """Return what trains, by the names of the saved file: peft's, without the adapter's name."""
+    trained = {}
+    for name, parameter in transformer.named_parameters():
+        if parameter.requires_grad:
+            trained[name.replace(".default.", ".")] = parameter
+    return trained
 
 
 def lora_weights(transformer: CogVideoXTransformer3DModel) -> dict[str, Tensor]:
@@ -952,36 +983,39 @@ def load_lora(transformer: CogVideoXTransformer3DModel, path: Path) -> None:
     """Read the file `path` into the LoRA of `transformer`. Raises RunError if they do not fit."""
     saved = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
     parameters = lora_parameters(transformer)
-    if {n: tensor.shape for n, tensor in saved.items()} != {n: tensor.shape for n, tensor in parameters.items()}:
+    if saved.keys() != parameters.keys() or any(saved[name].shape != parameters[name].shape for name in saved):
         raise RunError(f"{path} does not fit the layers and the rank of this run")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
+    for name, parameter in parameters.items():
+        parameter.data.copy_(saved[name])
 
 
 class CogVideoXBlock(diffusers_cogvideox.CogVideoXBlock):
-    """diffusers' block, to rounding, for video [B, V, D] and text [B, S, D]. It moves half as many bytes:
-    theirs rotates in fp32 copies, writes into slices that autograd clones, and has an operation for each sum."""
+    """Compute what diffusers' block does, to rounding, for video [B, V, D] and text [B, S, D]. It moves 63 % of the
+    bytes: theirs rotates fp32 copies, writes into slices that autograd clones, and has an operation for each sum."""
 
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None, attention_kwargs: dict | None = None,  # noqa: ARG002
     ) -> tuple[Tensor, Tensor]:
-        attention, sizes = self.attn1, (encoder_hidden_states.shape[1], hidden_states.shape[1])  # S, V
+        attention = self.attn1
+        lengths = (encoder_hidden_states.shape[1], hidden_states.shape[1])  # S, V
         tokens, gate, text_gate = modulate(self.norm1, hidden_states, encoder_hidden_states, temb)  # [B, S + V, D]
-        layers = (attention.to_q, attention.to_k, attention.to_v)
-        query, key, value = (layer(tokens).unflatten(-1, (attention.heads, -1)) for layer in layers)
+        query = attention.to_q(tokens).unflatten(-1, (attention.heads, -1))  # [B, S + V, heads, d]
+        key = attention.to_k(tokens).unflatten(-1, (attention.heads, -1))  # [B, S + V, heads, d]
+        value = attention.to_v(tokens).unflatten(-1, (attention.heads, -1))  # [B, S + V, heads, d]
         if attention.norm_q is not None:
-            query, key = attention.norm_q(query), attention.norm_k(key)  # [B, S + V, heads, d]
+            query = attention.norm_q(query)
+            key = attention.norm_k(key)
         if image_rotary_emb is not None:
-            cos, sin = (table[:, None, ::2] for table in image_rotary_emb)  # [V, 1, d/2]: each angle is in it twice
-            query, key = Rotation.apply(query, cos, sin), Rotation.apply(key, cos, sin)
-        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))  # [B, heads, S + V, d]
-        tokens = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)  # [B, S + V, D]
-        del query, key, value  # else sampling holds them through the feed-forward layers
+            cos, sin = image_rotary_emb  # [V, d] each, with every angle twice
+            query = Rotation.apply(query, cos[:, None, ::2], sin[:, None, ::2])
+            key = Rotation.apply(key, cos[:, None, ::2], sin[:, None, ::2])
+        attended = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        tokens = attended.transpose(1, 2).flatten(2)  # [B, S + V, D]
+        del query, key, value, attended  # else sampling holds them through the feed-forward layers
         for layer in attention.to_out:
             tokens = layer(tokens)  # [B, S + V, D]
-        text, video = tokens.split(sizes, dim=1)
+        text, video = tokens.split(lengths, dim=1)
         hidden_states = torch.addcmul(hidden_states, gate, video)  # [B, V, D]
         encoder_hidden_states = torch.addcmul(encoder_hidden_states, text_gate, text)  # [B, S, D]
 
@@ -991,12 +1025,13 @@ class CogVideoXBlock(diffusers_cogvideox.CogVideoXBlock):
             tokens = torch.cat([self.recompute(self.ff, part) for part in parts], dim=1)
         else:
             tokens = self.ff(tokens)
-        text, video = tokens.split(sizes, dim=1)
+        text, video = tokens.split(lengths, dim=1)
         return torch.addcmul(hidden_states, gate, video), torch.addcmul(encoder_hidden_states, text_gate, text)
 
 
 def modulate(norm_zero: torch.nn.Module, hidden_states: Tensor, text: Tensor, temb: Tensor) -> tuple:
-    """CogVideoXLayerNormZero of video [B, V, D] and text [B, S, D]: [B, S + V, D], and the gates [B, 1, D] of both."""
+    """Apply diffusers' CogVideoXLayerNormZero to video [B, V, D] and text [B, S, D]. Return both as one tensor
+    [B, S + V, D], and the gates [B, 1, D] of both."""
     modulation = norm_zero.linear(norm_zero.silu(temb))[:, None]  # [B, 1, 6D]
     shift, scale, gate, text_shift, text_scale, text_gate = modulation.chunk(6, dim=-1)  # [B, 1, D]
     text = torch.addcmul(text_shift, norm_zero.norm(text), 1 + text_scale)  # [B, S, D]
@@ -1011,7 +1046,8 @@ class Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        num_text, turned = tensor.shape[1] - len(cos), torch.empty_like(tensor)
+        num_text = tensor.shape[1] - len(cos)
+        turned = torch.empty_like(tensor)
         turned[:, :num_text] = tensor[:, :num_text]
         real, imaginary = tensor[:, num_text:].unflatten(-1, (-1, 2)).unbind(-1)  # [B, V, heads, d/2]
         targets = turned[:, num_text:].unflatten(-1, (-1, 2)).unbind(-1)  # [B, V, heads, d/2] each
@@ -1083,25 +1119,27 @@ class HostBlocks:
         self, blocks: torch.nn.ModuleList, device: torch.device, context_fn: Callable = noop_context_fn,
         is_pinned: bool = True,
     ):  # fmt: skip
-        self.blocks, self.context_fn = list(blocks), context_fn
+        self.blocks = list(blocks)
+        self.context_fn = context_fn
         self.streams = torch.get_device_module("cpu" if device.type == "meta" else device)
         self.copying = self.streams.Stream()
         self.copied = [self.streams.Event(), self.streams.Event()]  # by slot
         self.in_slot = [None, None]  # the blocks whose weights are there, or on their way
         self.current = None  # the block that began last
-        frozen = [[t for t in (*block.parameters(), *block.buffers()) if not t.requires_grad] for block in self.blocks]
-        sizes = [sum(self.padded(tensor.nbytes) for tensor in tensors) for tensors in frozen]
-        self.slots = [torch.empty(max(sizes), dtype=torch.uint8, device=device) for _ in range(2)]
-        self.on_host, self.places = [], []
-        for index, (block, tensors, size) in enumerate(zip(self.blocks, frozen, sizes, strict=True)):
+        largest = max(sum(self.padded(tensor.nbytes) for tensor in self.frozen(block)) for block in self.blocks)
+        self.slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(2)]
+        self.on_host = []  # a buffer a block
+        self.places = []  # of each block: its tensors, and where they are in the slot
+        for index, block in enumerate(self.blocks):
+            size = sum(self.padded(tensor.nbytes) for tensor in self.frozen(block))
             # torch rounds pinned memory up to a power of two: for a 5B 1 % more, tensor by tensor 76 %.
             buffer = host_memory((size,), torch.uint8, device, is_pinned)
-            start, places = 0, []
-            for tensor in tensors:
+            places = []
+            start = 0
+            for tensor in self.frozen(block):
                 self.view(buffer, start, tensor).copy_(tensor)
-                place = self.view(self.slots[index % 2], start, tensor)
-                tensor.data = place
-                places.append((tensor, place.data_ptr()))
+                tensor.data = self.view(self.slots[index % 2], start, tensor)
+                places.append((tensor, tensor.data_ptr()))
                 start += self.padded(tensor.nbytes)
             for parameter in block.parameters():
                 if parameter.requires_grad:  # the LoRA's
@@ -1109,6 +1147,11 @@ class HostBlocks:
             self.on_host.append(buffer)
             self.places.append(places)
             block.register_forward_pre_hook(lambda block, _inputs: self.begin(block))
+
+    @staticmethod
+    def frozen(block: torch.nn.Module) -> list[Tensor]:
+        """Return the tensors of a block that do not train."""
+        return [tensor for tensor in (*block.parameters(), *block.buffers()) if not tensor.requires_grad]
 
     @staticmethod
     def padded(size: int) -> int:
