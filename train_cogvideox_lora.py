@@ -499,13 +499,16 @@ def main(args: Namespace) -> None:
     with shared_work():  # a problem of one process or machine ends all of them with its message
         accelerator, engine = get_accelerator(args)
         log_device(accelerator)
-        transformer_config, vae_config = read_config(args, "transformer")[0], read_config(args, "vae")[0]
+        transformer_config, _ = read_config(args, "transformer")
+        vae_config, _ = read_config(args, "vae")
         check_model(args, transformer_config, vae_config)
         dataset = VideoDataset(**{name: getattr(args, name) for name in inspect.signature(VideoDataset).parameters})
-    settings = {name: getattr(args, name) for name in SETTINGS} | {
-        "num_clips": len(dataset), "num_processes": accelerator.num_processes, "engine": engine,
-        "mixed_precision": accelerator.mixed_precision, "lora_targets": args.lora_target_modules,
-    }  # fmt: skip
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings["num_clips"] = len(dataset)
+    settings["num_processes"] = accelerator.num_processes
+    settings["engine"] = engine
+    settings["mixed_precision"] = accelerator.mixed_precision
+    settings["lora_targets"] = args.lora_target_modules
     settings = json.loads(json.dumps(settings))  # as a checkpoint has them
     checkpoint = in_first(find_checkpoint, args, settings)
     repo_id = in_first(check_hub_access, args)
@@ -523,16 +526,19 @@ def main(args: Namespace) -> None:
     prompts = [*captions, *(run_input["prompt"] for run_input in validation_inputs(args)), ""]
     with stage(args, "encoding prompts"):
         prompt_files = precompute_prompts(args, accelerator, prompts, transformer_config["max_text_seq_length"])
-    pixels = max(height * width for _, height, width in dataset.buckets)
-    encoding = pixels * ENCODED_PIXEL * DTYPES[accelerator.mixed_precision].itemsize  # bytes
+    largest_frame = max(height * width for _, height, width in dataset.buckets)  # pixels
+    encoding = largest_frame * ENCODED_PIXEL * DTYPES[accelerator.mixed_precision].itemsize  # bytes
     is_in_tiles = saved.get("is_encoded_in_tiles", needs_tiles(args, accelerator, encoding))
     with stage(args, "encoding videos"):
         video_files = precompute_videos(args, accelerator, dataset, is_in_tiles)
-    clips = zip(video_files, map(prompt_files.get, captions), [record.path for record in dataset.records], strict=True)
+    clips = []
+    for files, caption, record in zip(video_files, captions, dataset.records, strict=True):
+        if files is not None:  # else it cannot be decoded, and --skip_bad_videos leaves it out
+            clips.append((files, prompt_files[caption], record.path))
     folders = "--output_dir and --precompute_dir must be folders that all machines share"
     with shared_work(), explain(folders, OSError):
         Path(args.output_dir, "metrics.jsonl").stat()
-        latents = LatentDataset([clip for clip in clips if clip[0]], prompt_files[""], args.eval_split, seed)
+        latents = LatentDataset(clips, prompt_files[""], args.eval_split, seed)
     loader, sampler = get_dataloader(args, accelerator, latents, seed)
     steps_per_epoch = math.ceil(len(sampler) / args.gradient_accumulation_steps)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
@@ -663,7 +669,9 @@ def finish_step(run: Run, losses: list[Tensor], grad_norm: Tensor, started: floa
 
 def publish(run: Run, videos: list[tuple[str, Path]], repo_id: str | None) -> None:
     """Write the model card, and upload. Raises RunError, code 4."""
-    args, output_dir, prompts = run.args, Path(run.args.output_dir), [prompt for prompt, _ in videos]
+    args = run.args
+    output_dir = Path(args.output_dir)
+    prompts = [prompt for prompt, _ in videos]
     sampling = sampling_settings(args) | {"max_sequence_length": run.base.config.max_text_seq_length}
     image = next((start.get("image") for start in validation_inputs(args)), None)
     with attempt("Writing the model card"):
@@ -672,10 +680,11 @@ def publish(run: Run, videos: list[tuple[str, Path]], repo_id: str | None) -> No
             prompts, args.output_dir, args.fps, args.id_token, run.settings | {"steps": run.step}, sampling, image,
         )
     if repo_id is not None:
-        names = [LORA_FILE, "README.md", "first_frame.png", *(f"final_video_{i}.mp4" for i in range(len(videos)))]
+        names = [LORA_FILE, "README.md", "first_frame.png"]
+        names += [f"final_video_{number}.mp4" for number in range(len(videos))]
         names = [name for name in names if (output_dir / name).is_file()]
         files = [CommitOperationAdd(name, output_dir / name) for name in names]
-        command = shlex.join(["hf", "upload", repo_id, args.output_dir, *(f"--include={name}" for name in names)])
+        command = shlex.join(["hf", "upload", repo_id, args.output_dir, *[f"--include={name}" for name in names]])
         advice = f"\nAll files are in {output_dir}. To upload them by hand, after `hf auth login`: {command}"
         with explain(f"the upload to {repo_id} failed", exit_code=4, advice=advice):
             HfApi(token=args.hub_token).create_commit(repo_id, files, commit_message="LoRA, its card and samples")
