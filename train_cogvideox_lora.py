@@ -32,11 +32,11 @@ Checkpoints · Validation · Card and Hub · Processes
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "torch>=2.11.0", "torchvision>=0.26.0", "diffusers>=0.40.0", "transformers>=5.5.0", "accelerate>=1.13.0",
-#     "peft>=0.19.0", "huggingface_hub>=1.23.0", "safetensors>=0.8.0", "numpy>=2.1.3", "pillow>=11.3.0",
-#     "tqdm>=4.67.1", "av>=17.1.0", "decord>=0.6.0", "sentencepiece>=0.2.1", "protobuf>=6.33.0", "imageio>=2.37.0",
-#     "imageio-ffmpeg>=0.6.0", "datasets>=4.8.0", "bitsandbytes>=0.50.0", "prodigyopt>=1.1.2", "tensorboard>=2.20.0",
-#     "wandb>=0.25.0",
+#     "torch>=2.11.0,<3", "torchvision>=0.26.0", "diffusers>=0.40.0,<1", "transformers>=5.5.0",
+#     "accelerate>=1.13.0,<2", "peft>=0.19.0", "huggingface_hub>=1.23.0", "safetensors>=0.8.0", "numpy>=2.1.3",
+#     "pillow>=11.3.0", "tqdm>=4.67.1,<5", "av>=17.1.0", "decord>=0.6.0", "sentencepiece>=0.2.1", "protobuf>=6.33.0",
+#     "imageio>=2.37.0", "imageio-ffmpeg>=0.6.0", "datasets>=4.8.0", "bitsandbytes>=0.50.0", "prodigyopt>=1.1.2",
+#     "tensorboard>=2.20.0", "wandb>=0.25.0",
 # ]
 # ///
 
@@ -1074,9 +1074,11 @@ class Rotation(torch.autograd.Function):
 
 
 def keep_attention(_context, operation, *_arguments, **_keywords) -> CheckpointPolicy:
-    """Of all that a block computes, recompute everything but attention, whose result is small for its cost."""
-    is_attention = "scaled_dot_product" in operation.__name__ or "_attention_forward" in operation.__name__
-    return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
+    """Tell to recompute all that a block computes but attention, whose result is small for its cost."""
+    # torch has no list of its kernels for attention: they are told by their names, as _scaled_dot_product_… on a GPU.
+    if "scaled_dot_product" in operation.__name__ or "_attention_forward" in operation.__name__:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def recomputation_contexts(args: Namespace) -> Callable:
@@ -1250,7 +1252,10 @@ def saving_activations(args: Namespace) -> contextlib.AbstractContextManager:
 
 def load_vae(args: Namespace, dtype: torch.dtype) -> AutoencoderKLCogVideoX:
     vae = AutoencoderKLCogVideoX.from_pretrained(**pretrained_source(args, "vae", dtype))
-    vae.use_slicing, vae.use_tiling = args.enable_slicing, args.enable_tiling
+    if args.enable_slicing:
+        vae.enable_slicing()
+    if args.enable_tiling:
+        vae.enable_tiling()
     return vae.requires_grad_(False).eval()
 
 
