@@ -1314,29 +1314,40 @@ class VideoDataset(Dataset):
         id_token: str | None = None, frame_sampling: str = "stride", seed: int | None = None,
         buckets: list[tuple[int, int, int]] | None = None, video_reader: str = "pyav",
     ):
+        root = Path(instance_data_root or "")
         if dataset_name is not None:
-            source = (dataset_name, dataset_config_name, instance_data_root, caption_column, video_column, cache_dir)
-            self.records = read_dataset(*source)
-        elif not Path(instance_data_root or "", caption_column).is_file():
-            self.records = read_captions_beside(Path(instance_data_root or ""), caption_column)
+            self.records = read_dataset(
+                dataset_name, dataset_config_name, instance_data_root, caption_column, video_column, cache_dir
+            )
+        elif not (root / caption_column).is_file():
+            self.records = read_captions_beside(root, caption_column)
         else:  # line i of one file belongs to line i of the other
-            files = [Path(instance_data_root or "", column) for column in (caption_column, video_column)]
-            captions, videos = map(read_lines, files)
+            captions = read_lines(root / caption_column)
+            videos = read_lines(root / video_column)
             if len(captions) != len(videos):
-                lengths = f"{files[0]} has {len(captions)} lines, {files[1]} has {len(videos)}"
+                lengths = f"{root / caption_column} has {len(captions)} lines, {root / video_column} has {len(videos)}"
                 raise RunError(f"captions and videos do not pair up: {lengths}")
-            paths = [str(Path(instance_data_root or "") / video) for video in videos]
-            self.records = [VideoRecord(*pair) for pair in zip(captions, paths, strict=True)]
+            paths = [str(root / video) for video in videos]
+            self.records = list(map(VideoRecord, captions, paths))
         if not self.records:
             raise RunError(f"no clips in {dataset_name or instance_data_root}: its captions and videos are empty")
-        if missing := [r.path for r in self.records if r.read_bytes is None and not Path(r.path).is_file()]:
+        missing = []
+        for record in self.records:
+            if record.read_bytes is None and not Path(record.path).is_file():
+                missing.append(record.path)
+        if missing:
             raise RunError(f"{len(missing)} of {len(self.records)} videos are missing:\n{listing(missing)}")
         self.buckets = buckets or [(max_num_frames, height, width)]
-        one_size = {"height": height, "width": width, "max_num_frames": max_num_frames}
         self.settings = {  # what changes no pixel is left out, for the cache's key
             "video_reshape_mode": video_reshape_mode, "skip_frames_start": skip_frames_start,
             "skip_frames_end": skip_frames_end, "frame_sampling": frame_sampling, "video_reader": video_reader,
-        } | ({"buckets": buckets} if buckets else one_size) | ({"fps": fps} if frame_sampling == "fps" else {})
+        }
+        if buckets:
+            self.settings["buckets"] = buckets
+        else:
+            self.settings |= {"height": height, "width": width, "max_num_frames": max_num_frames}
+        if frame_sampling == "fps":
+            self.settings["fps"] = fps
         if video_reshape_mode in ("random", "none"):
             self.settings["seed"] = seed
         self.id_token = (id_token or "").strip()
@@ -1348,27 +1359,30 @@ class VideoDataset(Dataset):
         return self.num_instance_videos
 
     def prompt(self, index: int) -> str:
-        """What the text encoder is given for clip `index`: the trigger word, one space, the caption."""
+        """Return what the text encoder is given for clip `index`: the trigger word, one space, the caption."""
         return f"{self.id_token} {self.instance_prompts[index]}".strip()
 
     def choose(self, index: int, is_in_order: bool = False) -> tuple[Clip, list[int], tuple[int, int], Tensor]:
-        """What is taken of clip `index`: the clip, the indices of its frames, H and W, and `kept`. Raises ValueError,
-        TimesDiffer, and what decord and PIL raise."""
-        record, s = self.records[index], self.settings
-        clip = open_clip(record, s["video_reader"], is_in_order)
+        """Return what is used of clip `index`: the clip, the indices of its frames, H and W, and `kept`. Raises
+        ValueError, TimesDiffer, and what decord and PIL raise."""
+        settings = self.settings
+        clip = open_clip(self.records[index], settings["video_reader"], is_in_order)
         num_frames = len(clip.times) - 1
-        sampling = s["frame_sampling"] if num_frames > 1 else "stride"
-        options = (s["skip_frames_start"], s["skip_frames_end"], sampling, clip.times, s.get("fps", 8))
+        skipped = (settings["skip_frames_start"], settings["skip_frames_end"])
+        sampling = settings["frame_sampling"] if num_frames > 1 else "stride"
+        options = (*skipped, sampling, clip.times, settings.get("fps", 8))
         available = len(select_frames(num_frames, num_frames, *options))
         max_num_frames, height, width = choose_bucket(self.buckets, available, *clip.size)
         indices = select_frames(num_frames, max_num_frames, *options)
-        time_kept = (indices[-1] - indices[0] + 1) / max(1, num_frames - s["skip_frames_start"] - s["skip_frames_end"])
-        aspects = sorted((clip.size[0] / clip.size[1], height / width))
-        area_kept = 1.0 if s["video_reshape_mode"] == "stretch" else aspects[0] / aspects[1]
+        time_kept = (indices[-1] - indices[0] + 1) / max(1, num_frames - sum(skipped))
+        area_kept = 1.0
+        if settings["video_reshape_mode"] != "stretch":
+            smaller, larger = sorted((clip.size[0] / clip.size[1], height / width))
+            area_kept = smaller / larger
         return clip, indices, (height, width), torch.tensor([time_kept, area_kept])  # [2]
 
     def __getitem__(self, index: int) -> dict:
-        """Raises ValueError, and what decord and PIL raise."""
+        """Decode clip `index`. Raises ValueError, and what decord and PIL raise."""
         try:
             return self.item(index)
         except TimesDiffer:
@@ -1382,81 +1396,104 @@ class VideoDataset(Dataset):
             # Drawn from seed and content, not from a stream: the crop stays when clips are added, reordered or moved.
             draw = random.Random(f"{self.settings['seed']}:{self.records[index].content_hash()}")
             position = (draw.random(), draw.random())
+        mode = self.settings["video_reshape_mode"]
         video = torch.empty(len(indices), 3, height, width)  # [F, C, H, W]
         for start in range(0, len(indices), 8):  # few at a time: 49 frames of 4K as floats are 5 GB
             frames = torch.from_numpy(clip.read(indices[start : start + 8]))  # [8, H0, W0, C] uint8
             frames = (frames.permute(0, 3, 1, 2).float() - 127.5) / 127.5  # [8, C, H0, W0]
-            mode = self.settings["video_reshape_mode"]
             video[start : start + 8] = resize_and_crop(frames, height, width, mode, position)
         return {"instance_prompt": self.prompt(index), "instance_video": video, "kept": kept, "notes": clip.notes}
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file, stripped, without the blank ones at its end. Raises RunError for a blank line in the
-    middle: to leave it out would shift every later line against the other file's."""
+    """Return the lines of a text file, stripped, without the blank ones at its end. Raises RunError for a blank line
+    in the middle: to leave it out would shift every later line against the other file's."""
     with explain(f"{path} cannot be read as UTF-8 text", (OSError, UnicodeDecodeError)):
-        # Only "\n" ends a line: str.splitlines would also cut at form feeds and Unicode separators within a caption.
-        lines = [line.strip() for line in path.read_bytes().decode("utf-8-sig").rstrip().split("\n")]
-    if blank := [str(number) for number, line in enumerate(lines, start=1) if not line and lines != [""]]:
+        text = path.read_bytes().decode("utf-8-sig").rstrip()
+    if not text:
+        return []
+    # Only "\n" ends a line: str.splitlines would also cut at form feeds and Unicode separators within a caption.
+    lines = [line.strip() for line in text.split("\n")]
+    blank = [str(position) for position, line in enumerate(lines, start=1) if not line]
+    if blank:
         raise RunError(f"{path} has blank lines in the middle (line {', '.join(blank[:20])}): fill or remove them")
-    return [line for line in lines if line]
+    return lines
 
 
 def read_captions_beside(root: Path, missing_file: str) -> list[VideoRecord]:
-    """Records of all clips and pictures below `root`, by path; the caption of x.mp4 is the text of x.txt, as one line.
-    Raises RunError with each clip that has no caption, and each text that has no clip."""
+    """Return records of all clips and pictures below `root`, by path; the caption of x.mp4 is the text of x.txt, as
+    one line. Raises RunError with each clip that has no caption, and each text that has no clip."""
     files = [path for path in sorted(root.rglob("*")) if "/." not in f"/{path.relative_to(root)}"]  # none is hidden
+    captions = {}  # by text file
+    text_files = {}  # by path without suffix
     with explain(f"a caption in {root} cannot be read as UTF-8 text", (OSError, UnicodeDecodeError)):
-        text_files = [path for path in files if path.suffix.lower() == ".txt"]
-        texts = {path: " ".join(path.read_text("utf-8-sig").split()) for path in text_files}
-    caption_files = {path.with_suffix(""): path for path in texts}
-    clips, alone = {}, []
+        for path in files:
+            if path.suffix.lower() == ".txt":
+                captions[path] = " ".join(path.read_text("utf-8-sig").split())
+                text_files[path.with_suffix("")] = path
+    records = []
+    used = set()  # text files
+    alone = []
     for path in files:
-        if path.suffix.lower() in VIDEO_TYPES | PICTURE_TYPES | HEIC_TYPES:
-            text = caption_files.get(path.with_suffix(""))
-            if not texts.get(text):
-                alone.append(f"{path}: it has no caption")
-            elif text in clips.values():
-                alone.append(f"{path}: {text.name} is the caption of another clip, too")
-            clips[path] = text
-    alone += [f"{text}: it has no clip" for text in sorted(texts.keys() - set(clips.values()))]
-    if alone or not clips:
+        if path.suffix.lower() not in VIDEO_TYPES | PICTURE_TYPES | HEIC_TYPES:
+            continue
+        text_file = text_files.get(path.with_suffix(""))
+        if not captions.get(text_file):
+            alone.append(f"{path}: it has no caption")
+        elif text_file in used:
+            alone.append(f"{path}: {text_file.name} is the caption of another clip, too")
+        else:
+            records.append(VideoRecord(captions[text_file], str(path)))
+        used.add(text_file)
+    for text_file in captions:
+        if text_file not in used:
+            alone.append(f"{text_file}: it has no clip")
+    if alone or not records:
         layout = f"{root} has no file {missing_file}, and is no folder of clips with a .txt file beside each"
         raise RunError(f"{layout}:\n{listing(alone or ['it has no clips'])}")
-    return [VideoRecord(texts[text], str(clip)) for clip, text in clips.items()]
+    return records
 
 
 def read_dataset(
     dataset_name: str, config_name: str | None, root: str | None, caption_column: str, video_column: str,
     cache_dir: str | None,
 ) -> list[VideoRecord]:
-    """Records of the `train` split of a Hub data set or a local folder, or of a local table file. Videos are paths,
-    relative to `root` or else to the table, or a `datasets.Video`."""
+    """Return records of the `train` split of a Hub data set or a local folder, or of a local table file. Videos are
+    paths, relative to `root` or else to the table, or a `datasets.Video`. Raises RunError."""
     import datasets
     formats = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-    source, files = (dataset_name, config_name), None
-    if Path(dataset_name).is_file() and Path(dataset_name).suffix.lower() in formats:
-        source, files = (formats[Path(dataset_name).suffix.lower()],), dataset_name
+    local = Path(dataset_name)
+    if local.is_file() and local.suffix.lower() in formats:
+        source = {"path": formats[local.suffix.lower()], "data_files": dataset_name}
+    else:
+        source = {"path": dataset_name, "name": config_name}
     with explain(f"--dataset_name {dataset_name} cannot be read"):
-        table = datasets.load_dataset(*source, data_files=files, split="train", cache_dir=cache_dir)
+        table = datasets.load_dataset(**source, split="train", cache_dir=cache_dir)
     for flag, column in (("--caption_column", caption_column), ("--video_column", video_column)):
         if column not in table.column_names:
             raise RunError(f"{flag}: {dataset_name} has no column {column!r}, only {', '.join(table.column_names)}")
-    if isinstance(table.features[video_column], (datasets.Video, datasets.Image)):
-        table = table.cast_column(video_column, type(table.features[video_column])(decode=False))
-    if root is None and Path(dataset_name).exists():
-        root = dataset_name if Path(dataset_name).is_dir() else Path(dataset_name).parent
+    feature = table.features[video_column]
+    if isinstance(feature, (datasets.Video, datasets.Image)):
+        table = table.cast_column(video_column, type(feature)(decode=False))
+    if root is None and local.exists():
+        root = local if local.is_dir() else local.parent
+
+    def stored_bytes(row: int) -> bytes:
+        return table[row][video_column]["bytes"]
+
     records = []
     for row, (caption, video) in enumerate(zip(table[caption_column], table[video_column], strict=True)):
         if not isinstance(caption, str) or not caption.strip():
             raise RunError(f"--caption_column: {dataset_name} has {caption!r} in row {row}, and no text")
         if not video:
             raise RunError(f"--video_column: {dataset_name} has no video in row {row}")
-        video = video if isinstance(video, dict) else {"path": str(video)}
-        path, read_bytes = str(Path(root or "") / video["path"]), None
+        if not isinstance(video, dict):
+            video = {"path": str(video)}
+        path = str(Path(root or "") / video["path"])
+        read_bytes = None
         if video.get("bytes") is not None:
             path = f"row {row} of {dataset_name} ({video['path']})"
-            read_bytes = lambda row=row: table[row][video_column]["bytes"]  # noqa: E731
+            read_bytes = functools.partial(stored_bytes, row)
         records.append(VideoRecord(caption.strip(), path, read_bytes))
     return records
 
@@ -1465,10 +1502,10 @@ def select_frames(
     num_frames: int, max_num_frames: int, skip_frames_start: int = 0, skip_frames_end: int = 0,
     frame_sampling: str = "stride", times: list[float] | None = None, fps: float = 8,
 ) -> list[int]:  # fmt: skip
-    """Which frames of a clip of `num_frames` are trained on: ascending indices, 4k+1 of them. stride: every n-th
-    frame, n as large as leaves max_num_frames of them; uniform: spread evenly from the first to the last; fps: those
-    shown at the first one's time + i / fps, at most max_num_frames. `times` [num_frames + 1] are seconds: when each
-    frame is shown, and when the last one ends."""
+    """Return which frames of a clip of `num_frames` are trained on: ascending indices, 4k+1 of them. stride: every
+    n-th frame, n as large as leaves max_num_frames of them; uniform: spread evenly from the first to the last; fps:
+    those shown at the first one's time + i / fps, at most max_num_frames. `times` [num_frames + 1] are seconds: when
+    each frame is shown, and when the last one ends."""
     first = min(skip_frames_start, num_frames - 1)
     end = max(num_frames - skip_frames_end, first + 1)  # all skipped: the first one alone
     available = end - first
@@ -1476,26 +1513,32 @@ def select_frames(
         count = frames_4k_plus_1(min(max_num_frames, available))
         return [first + round(i * (available - 1) / max(count - 1, 1)) for i in range(count)]
     if frame_sampling == "fps":
-        count = min(max_num_frames, max(1, math.floor((times[end] - times[first]) * fps + 1e-6)))  # 24 / 30 * 10 is 8
-        wanted = [times[first] + i / fps + 1e-6 for i in range(count)]
-        indices = [min(bisect.bisect_right(times, time) - 1, end - 1) for time in wanted]
+        count = math.floor((times[end] - times[first]) * fps + 1e-6)  # 24 / 30 * 10 is 8
+        indices = []
+        for i in range(min(max_num_frames, max(1, count))):
+            moment = times[first] + i / fps + 1e-6
+            indices.append(bisect.bisect_right(times, moment, hi=end) - 1)
     else:
         indices = list(range(first, end, max(1, available // max_num_frames)))[:max_num_frames]
     return indices[: frames_4k_plus_1(len(indices))]
 
 
 def frames_4k_plus_1(count: int) -> int:
-    """The largest F = 4k+1 within `count` >= 1 frames: the VAE makes latent frames of 1, then of 4 frames each."""
+    """Return the largest F = 4k+1 within `count` >= 1 frames: the VAE makes latent frames of 1, then of 4 each."""
     return (count - 1) // 4 * 4 + 1
 
 
 def choose_bucket(buckets: list[tuple[int, int, int]], num_frames: int, height: int, width: int) -> tuple:
-    """The bucket (F, H, W) that keeps most of a clip: of those with the nearest aspect, the one with the most frames
-    that the clip fills, or the shortest one. One-frame buckets are for pictures, if there are others."""
-    pool = [b for b in buckets if (b[0] == 1) == (num_frames == 1)] or buckets
-    distance = {b: round(abs(math.log(b[1] * width / (b[2] * height))), 6) for b in pool}
-    nearest = [b for b in pool if distance[b] == min(distance.values())]
-    return max((b for b in nearest if b[0] <= num_frames), default=min(nearest))
+    """Return the bucket (F, H, W) that keeps most of a clip: of those with the nearest aspect, the one with the most
+    frames that the clip fills, or the shortest one. One-frame buckets are for pictures, if there are others."""
+    def distance(shape: tuple) -> float:
+        return round(abs(math.log(shape[1] * width / (shape[2] * height))), 6)
+
+    pool = [shape for shape in buckets if (shape[0] == 1) == (num_frames == 1)] or buckets
+    smallest = min(map(distance, pool))
+    nearest = [shape for shape in pool if distance(shape) == smallest]
+    filled = [shape for shape in nearest if shape[0] <= num_frames]
+    return max(filled, default=min(nearest))
 
 
 def resize_and_crop(
@@ -1512,11 +1555,14 @@ def resize_and_crop(
     else:
         size = [max(height, source_height * width // source_width), width]
     frames = resize(frames, size, InterpolationMode.BICUBIC, antialias=True)  # [F, C, >=H, >=W]
-    surplus = (size[0] - height, size[1] - width)
+    spare_height = size[0] - height
+    spare_width = size[1] - width
     if position is None:
-        top, left = surplus[0] // 2, surplus[1] // 2
+        top = spare_height // 2
+        left = spare_width // 2
     else:
-        top, left = (int(part * (extra + 1)) for part, extra in zip(position, surplus, strict=True))
+        top = int(position[0] * (spare_height + 1))
+        left = int(position[1] * (spare_width + 1))
     # Bicubic overshoots at hard edges; the VAE has only seen [-1, 1].
     return frames[..., top : top + height, left : left + width].clamp(-1, 1)  # [F, C, H, W]
 
@@ -1548,11 +1594,11 @@ def open_clip(record: VideoRecord, video_reader: str = "pyav", is_in_order: bool
         return open_with_decord(source)
     video = VideoFile(source, is_in_order)
     times = video.times()
-    shown = sorted(np.diff(times[:-1]))
-    notes = list(video.notes)
-    if len(shown) > 1 and shown[len(shown) // 20] * 1.5 < shown[-1 - len(shown) // 20]:
-        notes.append("variable frame rate")
-    return Clip(times, video.size, video.read, notes)
+    durations = sorted(np.diff(times[:-1]))
+    few = len(durations) // 20
+    if durations and durations[few] * 1.5 < durations[-1 - few]:
+        video.notes.append("variable frame rate")
+    return Clip(times, video.size, video.read, video.notes)
 
 
 class VideoFile:
@@ -1567,7 +1613,6 @@ class VideoFile:
     def __init__(self, source: str | io.BytesIO, is_in_order: bool = False):
         self.source = source
         self.is_interlaced = False
-        self.size = None  # H0, W0
         self.graphs = {}  # that convert frames, by their layout
         self.open()
         self.formats = set(self.container.format.name.split(","))
@@ -1583,13 +1628,20 @@ class VideoFile:
             self.open()
             self.count()
             self.open()
+        # The curves of HDR, PQ and HLG, look grey and washed out without conversion.
+        self.is_hdr = first.color_trc in (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
+        self.pixel_aspect = float(self.stream.sample_aspect_ratio or 1)  # width of a pixel / height
+        if not 0.2 < self.pixel_aspect < 5:
+            self.pixel_aspect = 1.0
+        self.size = None  # H0, W0; `convert` brings later frames to it
         self.size = self.convert(first).shape[:2]
-        kinds = {
-            "HDR": self.is_hdr(first),
-            "interlaced": self.is_interlaced,
-            "pixels that are not square": self.pixel_aspect() != 1,
-        }
-        self.notes = [kind for kind, is_so in kinds.items() if is_so]
+        self.notes = []
+        if self.is_hdr:
+            self.notes.append("HDR")
+        if self.is_interlaced:
+            self.notes.append("interlaced")
+        if self.pixel_aspect != 1:
+            self.notes.append("pixels that are not square")
 
     def open(self) -> None:
         """Open the file at its start."""
@@ -1606,21 +1658,20 @@ class VideoFile:
         if self.stream.codec_context is None:
             raise ValueError(f"there is no decoder for its video stream; {CONVERT}")
         self.stream.thread_type = "AUTO"
-        self.frames = self.decode()
-        self.number, self.time = -1, -math.inf  # of the frame that `find` decoded last
-        if self.is_interlaced:
-            self.frames = self.deinterlaced(self.frames)
+        self.frames = self.deinterlaced() if self.is_interlaced else self.decode()
+        self.last_index = -1  # of the frame that `find` decoded last
+        self.last_time = -math.inf
 
     def packets(self, *streams: av.stream.Stream) -> Iterator[av.Packet]:
         """Yield the packets of these streams, or of all."""
-        try:
+        with contextlib.suppress(av.error.FFmpegError):  # `scan` compares what can be read with the duration
             yield from self.container.demux(*streams)
-        except av.error.FFmpegError:
-            pass  # the rest cannot be read: `scan` compares what can with the duration
 
     def scan(self) -> None:
         """Read the times of all frames and of the keyframes, in units of the stream, from the packets."""
-        self.pts, self.keyframes, self.end = [], [], 0
+        self.pts = []
+        self.end = 0
+        self.keyframes = []  # the time of each, and what to seek to for it
         readable = 0.0  # seconds, of any stream
         for packet in self.packets():
             if packet.pts is None:
@@ -1630,7 +1681,8 @@ class VideoFile:
             if packet.stream_index != self.stream.index:
                 continue
             if packet.is_keyframe:
-                self.keyframes.append((packet.pts, packet.dts))
+                is_by_dts = "mov" in self.formats and packet.dts is not None
+                self.keyframes.append((packet.pts, packet.dts if is_by_dts else packet.pts))
             if not packet.is_discard:  # else an edit list leaves it out
                 self.pts.append(packet.pts)
                 self.end = max(self.end, end)
@@ -1644,10 +1696,11 @@ class VideoFile:
             if readable < 0.95 * duration - 0.5:
                 raise ValueError(f"it is truncated: {readable:.1f} of {duration:.1f} s can be read")
 
-    def decode(self, start: int | None = None) -> Iterator[av.VideoFrame]:
+    def decode(self, start: float = -math.inf) -> Iterator[av.VideoFrame]:
         """Yield the frames from here on, not those before the time `start`. What is damaged at the beginning or at the
         end, as where a broadcast was cut, is left out. Raises ValueError for damage in the middle."""
-        damaged, has_begun = None, False
+        damaged = None  # the time of damage since the last good frame
+        has_begun = False
         for packet in self.packets(self.stream):
             frames = []
             try:
@@ -1655,7 +1708,7 @@ class VideoFile:
             except av.error.FFmpegError:
                 damaged = packet.pts or packet.dts or 0
             for frame in frames:
-                if start is not None and frame.pts is not None and frame.pts < start:
+                if frame.pts is not None and frame.pts < start:
                     continue  # it refers to frames before the keyframe
                 if frame.is_corrupt:
                     damaged = frame.pts or packet.dts or 0
@@ -1663,25 +1716,29 @@ class VideoFile:
                 if has_begun and damaged is not None:
                     seconds = float((damaged - (self.stream.start_time or 0)) * self.stream.time_base)
                     raise ValueError(f"it is damaged at {seconds:.1f} s")
-                damaged, has_begun = None, True
+                damaged = None
+                has_begun = True
                 yield frame
 
     def count(self) -> None:
         """Find the times of all frames by decoding them. Where they have none that ascend, as in .avi, they are shown
         at the stream's rate."""
-        unit, times = self.stream.time_base, []
+        unit = self.stream.time_base
+        num_frames = 0
+        self.pts = []
         for frame in self.frames:
-            times.append(None if frame.pts is None else round(frame.pts * frame.time_base / unit))
-        if None in times or any(after <= before for before, after in itertools.pairwise(times)):
+            num_frames += 1
+            if frame.pts is not None:
+                self.pts.append(round(frame.pts * frame.time_base / unit))
+        if len(set(self.pts)) < num_frames or self.pts != sorted(self.pts):
             rate = self.stream.average_rate or self.stream.guessed_rate or 25
-            times = [round(index / (rate * unit)) for index in range(len(times) + 1)]
-            self.end = times.pop()
-        self.pts = times
+            self.pts = [round(index / (rate * unit)) for index in range(num_frames + 1)]
+            self.end = self.pts.pop()
 
-    def deinterlaced(self, frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+    def deinterlaced(self) -> Iterator[av.VideoFrame]:
         """Yield whole frames in place of interlaced ones. Each is made with those before and after it."""
         graph = None
-        for frame in itertools.chain(frames, [None]):
+        for frame in itertools.chain(self.decode(), [None]):  # None: the end
             if graph is None:
                 graph = self.linked(frame, ("bwdif", "mode=send_frame"))
             graph.push(frame)
@@ -1694,7 +1751,8 @@ class VideoFile:
         graph = av.filter.Graph()
         layout = {"width": frame.width, "height": frame.height, "format": frame.format}
         nodes = [graph.add_buffer(**layout, time_base=frame.time_base)]
-        nodes += [graph.add(name, options) for name, options in filters]
+        for name, options in filters:
+            nodes.append(graph.add(name, options))
         nodes.append(graph.add("buffersink"))
         graph.link_nodes(*nodes).configure()
         return graph
@@ -1704,72 +1762,62 @@ class VideoFile:
         has_alpha = any(component.is_alpha for component in frame.format.components)
         layout = (frame.width, frame.height, frame.format.name)
         if layout not in self.graphs:
-            aspect = self.pixel_aspect()
-            width, height = round(frame.width * max(1, aspect)), round(frame.height / min(1, aspect))
-            colors = ""
-            if self.is_hdr(frame):
-                colors = ":out_primaries=bt709:out_transfer=bt709:out_color_matrix=bt709"
-            filters = [("scale", f"w={width}:h={height}{colors}"), ("format", "rgba" if has_alpha else "rgb24")]
-            self.graphs[layout] = self.linked(frame, *filters, *self.turns(frame))
+            width = round(frame.width * max(1, self.pixel_aspect))
+            height = round(frame.height / min(1, self.pixel_aspect))
+            scale = f"w={width}:h={height}"
+            if self.is_hdr:
+                scale += ":out_primaries=bt709:out_transfer=bt709:out_color_matrix=bt709"
+            pixel_format = "rgba" if has_alpha else "rgb24"
+            self.graphs[layout] = self.linked(frame, ("scale", scale), ("format", pixel_format))
         graph = self.graphs[layout]
         graph.push(frame)
-        pixels = graph.pull().to_ndarray()  # [H0, W0, 3 or 4]
+        image = self.upright(graph.pull().to_ndarray(), frame)  # [H0, W0, 3 or 4]
         if has_alpha:
-            pixels = np.asarray(upright_rgb(Image.fromarray(pixels)))  # [H0, W0, C]
-        if self.size is not None and pixels.shape[:2] != self.size:  # it changes within the video
-            pixels = np.asarray(Image.fromarray(pixels).resize(self.size[::-1], Image.Resampling.BICUBIC))
-        return pixels  # [H0, W0, C]
+            image = np.asarray(upright_rgb(Image.fromarray(image)))  # [H0, W0, C]
+        if self.size not in (None, image.shape[:2]):  # it changes within the video
+            image = np.asarray(Image.fromarray(image).resize(self.size[::-1], Image.Resampling.BICUBIC))
+        return image  # [H0, W0, C]
 
-    def is_hdr(self, frame: av.VideoFrame) -> bool:
-        """Tell whether brightness has one of the curves of HDR, which looks grey and washed out without conversion."""
-        return frame.color_trc in (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)  # PQ and HLG
-
-    def pixel_aspect(self) -> float:
-        """Return the width of a pixel divided by its height."""
-        aspect = float(self.stream.sample_aspect_ratio or 1)
-        return aspect if 0.2 < aspect < 5 else 1.0
-
-    def turns(self, frame: av.VideoFrame) -> list[tuple[str, str]]:
-        """Return the filters for the display matrix, which cameras write when they are turned or mirrored."""
+    def upright(self, image: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
+        """Turn and mirror a frame as its display matrix says, which cameras write: [H0, W0, 3 or 4]."""
         matrix = frame.side_data.get("DISPLAYMATRIX")
         if matrix is None:
-            return []
+            return image
         # On the screen, a pixel of (x, y) is at (a x + c y, b x + d y).
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].astype(int)
-        filters = []
         if abs(b) > abs(a):
-            filters.append(("transpose", "dir=cclock_flip"))  # x and y change places
-            a, d = c, b
+            image = image.transpose(1, 0, 2)  # x and y change places
+            a = c
+            d = b
         if a < 0:
-            filters.append(("hflip", ""))
+            image = image[:, ::-1]
         if d < 0:
-            filters.append(("vflip", ""))
-        return filters
+            image = image[::-1]
+        return image
 
     def find(self, index: int) -> av.VideoFrame:
         """Return frame `index`. Raises TimesDiffer."""
         if self.is_in_order:
-            if index <= self.number:
+            if index <= self.last_index:
                 self.open()
             for frame in self.frames:
-                self.number += 1
-                if self.number == index:
+                self.last_index += 1
+                if self.last_index == index:
                     return frame
             raise ValueError("it gave more frames when they were counted")
         time = self.pts[index]
-        before = bisect.bisect_right(self.keyframes, time, key=lambda keyframe: keyframe[0])
-        start, dts = self.keyframes[max(0, before - 1)]
-        if not start <= self.time < time:
-            is_by_dts = "mov" in self.formats and dts is not None
+        before = bisect.bisect_right(self.keyframes, (time, math.inf))
+        start, target = self.keyframes[max(0, before - 1)]
+        if not start <= self.last_time < time:
             try:
-                self.container.seek(dts if is_by_dts else start, stream=self.stream)
+                self.container.seek(target, stream=self.stream)
             except av.error.FFmpegError as error:
                 raise TimesDiffer from error
             self.frames = self.decode(start)
         for frame in self.frames:
             if frame.pts is None or frame.pts > time:
                 break
-            self.time = frame.pts
+            self.last_time = frame.pts
             if frame.pts == time:
                 return frame
         raise TimesDiffer
@@ -1781,10 +1829,12 @@ class VideoFile:
 
     def times(self) -> list[float]:
         """Return the seconds at which each frame is shown, and at which the last one ends."""
-        pts, end = self.pts, self.end
-        if end <= pts[-1]:  # the last frame has no duration: it gets the mean one
-            end = pts[-1] + max(1, (pts[-1] - pts[0]) // max(1, len(pts) - 1))
-        return [float((time - pts[0]) * self.stream.time_base) for time in [*pts, end]]
+        first = self.pts[0]
+        last = self.pts[-1]
+        end = self.end
+        if end <= last:  # the last frame has no duration: it gets the mean one
+            end = last + max(1, (last - first) // max(1, len(self.pts) - 1))
+        return [float((time - first) * self.stream.time_base) for time in [*self.pts, end]]
 
 
 class TimesDiffer(Exception):
@@ -1816,10 +1866,16 @@ def open_picture(source: str | io.BytesIO) -> Clip:
         image = Image.open(source)
     except UnidentifiedImageError as error:
         raise ValueError(what_it_is(source)) from error
-    is_animated = image.format in ("WEBP", "PNG", "AVIF") and image.is_animated
-    first = 1 if is_animated and image.info.get("default_image") else 0  # it is for those who cannot show the others
+    first = 0
+    end = 1
+    notes = []
+    if image.format in ("WEBP", "PNG", "AVIF") and image.is_animated:
+        if image.info.get("default_image"):
+            first = 1  # the default one is for those who cannot show the others
+        end = image.n_frames
+        notes.append("animated picture")
     times = [0.0]
-    for index in range(first, image.n_frames if is_animated else 1):
+    for index in range(first, end):
         image.seek(index)
         image.load()
         times.append(times[-1] + (image.info.get("duration") or 100) / 1000)
@@ -1832,7 +1888,7 @@ def open_picture(source: str | io.BytesIO) -> Clip:
                 frames[index] = np.asarray(upright_rgb(image))
         return np.stack([frames[index] for index in indices])
 
-    return Clip(times, read([0]).shape[1:3], read, ["animated picture"] if is_animated else [])
+    return Clip(times, read([0]).shape[1:3], read, notes)
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -1871,7 +1927,8 @@ def content_hash(source: str | io.BytesIO) -> str:
 
 def start_and_end(source: str | io.BytesIO) -> tuple[int, bytes, bytes]:
     """Return the size of a file, or of bytes in memory, with its first MiB and its last one."""
-    with contextlib.nullcontext(source) if isinstance(source, io.BytesIO) else open(source, "rb") as file:
+    file = source if isinstance(source, io.BytesIO) else open(source, "rb")
+    with file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         start = file.read(2**20)
@@ -1883,15 +1940,21 @@ def start_and_end(source: str | io.BytesIO) -> tuple[int, bytes, bytes]:
 
 
 def precompute_prompts(args: Namespace, accelerator: Accelerator, prompts: list[str], num_tokens: int) -> dict:
-    """Encode each distinct prompt once; returns its file, which holds `prompt_embeds` [S, D] in the compute dtype. The
+    """Encode each distinct prompt once. Return its file, which holds `prompt_embeds` [S, D] in the compute dtype. The
     text encoder is loaded only if a prompt is new, and freed before this returns."""
-    folder, dtype, device = precompute_folder(args), DTYPES[accelerator.mixed_precision], accelerator.device
-    content = {"max_sequence_length": num_tokens, "dtype": str(dtype)}
-    content["encoder"] = model_identity(args, "text_encoder", "tokenizer")
+    folder = precompute_folder(args)
+    dtype = DTYPES[accelerator.mixed_precision]
+    device = accelerator.device
+    content = {
+        "max_sequence_length": num_tokens, "dtype": str(dtype),
+        "encoder": model_identity(args, "text_encoder", "tokenizer"),
+    }
     paths = {prompt: item_path(folder, "prompts", prompt=prompt, **content) for prompt in prompts}
     paths = gather(paths)[0]
-    new = find_new(folder / "prompts", "prompt_embeds", {prompt: (path,) for prompt, path in paths.items()})
-    if share := new[accelerator.process_index :: accelerator.num_processes]:
+    files = {prompt: (path,) for prompt, path in paths.items()}
+    new = in_first(find_new, folder / "prompts", "prompt_embeds", files)
+    own = new[accelerator.process_index :: accelerator.num_processes]
+    if own:
         tokenizer = T5Tokenizer.from_pretrained(**pretrained_source(args, "tokenizer"))
         text_encoder = T5EncoderModel.from_pretrained(**pretrained_source(args, "text_encoder", dtype))
         if args.offload_base or text_encoder.get_memory_footprint() > 0.95 * free_memory(device):
@@ -1899,11 +1962,14 @@ def precompute_prompts(args: Namespace, accelerator: Accelerator, prompts: list[
             place_text_encoder(text_encoder, device)
         else:
             text_encoder.to(device)
-        too_long = [f"{p[:60]}…" for p in new if len(tokenizer(p, verbose=False).input_ids) > num_tokens]
+        too_long = []
+        for prompt in new:
+            if len(tokenizer(prompt, verbose=False).input_ids) > num_tokens:
+                too_long.append(f"{prompt[:60]}…")
         if too_long:
             logger.warning(f"Cut to the {num_tokens} tokens that the model takes:\n{listing(too_long)}")
     with shared_work():
-        for prompt in progress_bar(iterable=share, desc="Encoding prompts", unit="prompt"):
+        for prompt in progress_bar(iterable=own, desc="Encoding prompts", unit="prompt"):
             embeds = compute_prompt_embeddings(tokenizer, text_encoder, prompt, num_tokens, device, dtype)
             write_item(paths[prompt], prompt_embeds=embeds[0])  # [S, D]
     tokenizer = text_encoder = None
@@ -1916,12 +1982,12 @@ def encode_prompt(
     num_videos_per_prompt: int = 1, max_sequence_length: int = 226, device: torch.device | None = None,
     dtype: torch.dtype | None = None, text_input_ids: Tensor | None = None,
 ) -> Tensor:
-    """T5 hidden states of prompts, padded or cut to S tokens as CogVideoXPipeline does: [n, S, D], the
+    """Return T5 hidden states of prompts, padded or cut to S tokens as CogVideoXPipeline does: [n, S, D], the
     num_videos_per_prompt repeats of one prompt together. Raises ValueError without both tokenizer and token ids."""
     if tokenizer is not None:
         text_input_ids = tokenizer(
-            [prompt] if isinstance(prompt, str) else prompt, padding="max_length", max_length=max_sequence_length,
-            truncation=True, add_special_tokens=True, return_tensors="pt",
+            prompt, padding="max_length", max_length=max_sequence_length, truncation=True, add_special_tokens=True,
+            return_tensors="pt",
         ).input_ids  # [B, S]
     elif text_input_ids is None:
         raise ValueError("without a tokenizer, text_input_ids must be given")
@@ -1933,7 +1999,7 @@ def compute_prompt_embeddings(
     tokenizer: T5Tokenizer, text_encoder: T5EncoderModel, prompt: str | list[str], max_sequence_length: int,
     device: torch.device, dtype: torch.dtype, requires_grad: bool = False,
 ) -> Tensor:
-    """`encode_prompt` for one video a prompt, without gradients unless asked: [n, S, D]."""
+    """Return `encode_prompt` for one video a prompt, without gradients unless asked: [n, S, D]."""
     with torch.set_grad_enabled(requires_grad):
         return encode_prompt(tokenizer, text_encoder, prompt, 1, max_sequence_length, device, dtype)
 
@@ -1941,64 +2007,73 @@ def compute_prompt_embeddings(
 def precompute_videos(
     args: Namespace, accelerator: Accelerator, dataset: VideoDataset, is_in_tiles: bool
 ) -> list[tuple | None]:
-    """Encode each clip once, and its mirror image for --random_flip; returns the files of each clip. The VAE is loaded
+    """Encode each clip once, and its mirror image for --random_flip. Return the files of each clip. The VAE is loaded
     only if a clip is new, and freed before this returns. Raises RunError that lists every clip that cannot be decoded,
     after the others are encoded; with --skip_bad_videos those have None in place of their files."""
-    folder, dtype = precompute_folder(args), DTYPES[accelerator.mixed_precision]
+    folder = precompute_folder(args)
+    dtype = DTYPES[accelerator.mixed_precision]
     tiling = args.enable_tiling or is_in_tiles
-    content = {"made_for": KIND, "settings": dataset.settings, "dtype": str(dtype), "reader": READER_FORMAT}
-    content["encoder"] = model_identity(args, "vae") | {"tiling": tiling}
+    content = {
+        "made_for": KIND, "settings": dataset.settings, "dtype": str(dtype), "reader": READER_FORMAT,
+        "encoder": model_identity(args, "vae") | {"tiling": tiling},
+    }
+    flips = (False, True) if args.random_flip else (False,)
     paths = []
     for record in dataset.records:
         content["source"] = record.content_hash()
-        flips = (False, True) if args.random_flip else (False,)
         paths.append(tuple(item_path(folder, "videos", flip=flip, **content) for flip in flips))
     paths = gather(paths)[0]
-    new = find_new(folder / "videos", "moments", dict(enumerate(paths)))
-    if share := new[accelerator.process_index :: accelerator.num_processes]:
+    new = in_first(find_new, folder / "videos", "moments", dict(enumerate(paths)))
+    own = new[accelerator.process_index :: accelerator.num_processes]
+    if own:
         vae = load_vae(args, dtype).to(accelerator.device)
-        vae.use_tiling = tiling
-        if tiling != args.enable_tiling:
+        if tiling and not args.enable_tiling:
+            vae.enable_tiling()
             logger.info("Clips are encoded in tiles, as with --enable_tiling: whole frames take more memory")
-    videos = decode_videos(dataset, share, dtype, max(1, args.dataloader_num_workers))
-    bad, converted = {}, []
+    bad = {}
+    converted = Counter()
+    videos = decode_videos(dataset, own, dtype, max(1, args.dataloader_num_workers))
     with shared_work(), contextlib.closing(videos):
-        for index, answer in progress_bar(iterable=videos, total=len(share), desc="Encoding videos", unit="video"):
+        for index, answer in progress_bar(iterable=videos, total=len(own), desc="Encoding videos", unit="video"):
             if isinstance(answer, str):
                 bad[paths[index]] = f"{dataset.records[index].path}: {answer}"
                 continue
-            converted += answer["notes"]
-            video = answer["video"]  # [F, C, H, W]
-            for path, pixels in zip(paths[index], (video, video.flip(-1)), strict=False):  # [F, C, H, W]
-                if not is_item(path, "moments"):
-                    # The path is a hash of the content: the seed is the clip's own, and equal in every run.
-                    write_item(path, **encode_clip(vae, pixels, seed=int(path.stem[:15], 16)), kept=answer["kept"])
+            converted.update(answer["notes"])
+            for path, is_flipped in zip(paths[index], flips, strict=True):
+                if is_item(path, "moments"):
+                    continue
+                video = answer["video"].flip(-1) if is_flipped else answer["video"]  # [F, C, H, W]
+                # The path is a hash of the content: the seed is the clip's own, and equal in every run.
+                write_item(path, **encode_clip(vae, video, seed=int(path.stem[:15], 16)), kept=answer["kept"])
     vae = None
     clear_device_cache(garbage_collection=True)
-    if converted := Counter(itertools.chain(*gather(converted))):
+    converted = sum(gather(converted), Counter())  # of all processes
+    if converted:
         kinds = ", ".join(f"{count} with {note}" for note, count in sorted(converted.items()))
         logger.info(f"Clips that were converted to what a person sees: {kinds}")
-    bad = {files: problem for found in gather(bad) for files, problem in found.items()}
+    for found in gather(bad):
+        bad |= found
     paths = [None if files in bad else files for files in paths]
     if bad:
         problem = f"{paths.count(None)} of {len(paths)} videos cannot be decoded"
+        problems = listing(sorted(bad.values()), limit=200)
         if not args.skip_bad_videos or not any(paths):
-            raise RunError(f"{problem}:\n{listing(sorted(bad.values()), limit=200)}")
-        logger.warning(f"{problem} and are left out:\n{listing(sorted(bad.values()), limit=200)}")
+            raise RunError(f"{problem}:\n{problems}")
+        logger.warning(f"{problem} and are left out:\n{problems}")
     return paths
 
 
 def encode_clip(vae: AutoencoderKLCogVideoX, video: Tensor, seed: int) -> dict:  # noqa: ARG001
-    """All that is stored of a clip [F, C, H, W], by name."""
+    """Return all that is stored of a clip [F, C, H, W], by name."""
     return {"moments": encode_video(vae, video)}  # [2c, f, h, w]
 
 
 @torch.no_grad()
 def encode_video(vae: AutoencoderKLCogVideoX, video: Tensor) -> Tensor:
-    """Parameters (mean, log variance) of the latent distribution of pixels [F, C, H, W]: [2c, f, h, w]. The
+    """Return the parameters (mean, log variance) of the latent distribution of pixels [F, C, H, W]: [2c, f, h, w]. The
     distribution is kept and not a sample of it, so that each training step can draw a fresh one."""
-    pixels = video[None].permute(0, 2, 1, 3, 4).to(vae.device, vae.dtype)  # [1, C, F, H, W]
-    return vae.encode(pixels).latent_dist.parameters[0]  # [2c, f, h, w]
+    batch = video[None].permute(0, 2, 1, 3, 4).to(vae.device, vae.dtype)  # [1, C, F, H, W]
+    return vae.encode(batch).latent_dist.parameters[0]  # [2c, f, h, w]
 
 
 def decode_videos(dataset: VideoDataset, indices: list[int], dtype: torch.dtype, num_workers: int) -> Iterator[tuple]:
@@ -2009,15 +2084,16 @@ def decode_videos(dataset: VideoDataset, indices: list[int], dtype: torch.dtype,
         for decoder, index in zip(decoders, indices, strict=False):
             decoder.connection.send(index)
         for position, index in enumerate(indices):
-            number = position % len(decoders)
+            turn = position % len(decoders)
             try:
-                answer = decoders[number].connection.recv()
+                answer = decoders[turn].connection.recv()
             except (EOFError, OSError):
                 answer = "the decoder crashed on it"
-                decoders[number].stop()
-                decoders[number] = ClipDecoder(dataset, dtype)
-            if position + len(decoders) < len(indices):
-                decoders[number].connection.send(indices[position + len(decoders)])
+                decoders[turn].stop()
+                decoders[turn] = ClipDecoder(dataset, dtype)
+            following = position + len(decoders)
+            if following < len(indices):
+                decoders[turn].connection.send(indices[following])
             if not isinstance(answer, str):
                 notes, tensors = answer
                 answer = safetensors.torch.load(tensors) | {"notes": notes}
@@ -2045,8 +2121,8 @@ class ClipDecoder:
 
 
 def decode_clips(connection, dataset: VideoDataset, dtype: torch.dtype) -> None:
-    """In a process of its own: for each index that comes, send the notes about the clip, and `video` [F, C, H, W] and
-    `kept` [2] as a safetensors file; or a text that says what is wrong with it."""
+    """Decode clips in a process of its own. For each index that comes, send the notes about the clip, and `video`
+    [F, C, H, W] and `kept` [2] as a safetensors file; or a text that says what is wrong with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)  # a forked process has none of its parent's threads
@@ -2057,51 +2133,57 @@ def decode_clips(connection, dataset: VideoDataset, dtype: torch.dtype) -> None:
         try:
             item = dataset[index]
             tensors = {"video": item["instance_video"].to(dtype), "kept": item["kept"]}
-            answer = item.get("notes", []), safetensors.torch.save(tensors)
+            answer = (item.get("notes", []), safetensors.torch.save(tensors))
         except Exception as error:  # FFmpeg, decord, PIL and torch have their own kinds
-            text = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-            # Without decord's line and check, and without FFmpeg's codes.
-            text = re.sub(r"^(\[[\d:]+\] \S+: )*(Check failed: .*? vs\. .*?\) ?)?", "", text)
+            text = str(error).strip() or type(error).__name__
+            # The last line, without decord's line and check, and without FFmpeg's codes.
+            text = re.sub(r"^(\[[\d:]+\] \S+: )*(Check failed: .*? vs\. .*?\) ?)?", "", text.splitlines()[-1])
             answer = re.sub(r"-?\d{9,}", "invalid data", text) or "its data is invalid"
         connection.send(answer)
 
 
 def model_identity(args: Namespace, *subfolders: str) -> dict:
-    """What tells one encoder from another: its config, and its commit on the Hub or the content of its files."""
-    model, (config, commit) = args.pretrained_model_name_or_path, read_config(args, subfolders[0])
+    """Return what tells an encoder from others: its config, and its commit on the Hub or the content of its files."""
+    model = args.pretrained_model_name_or_path
+    config, commit = read_config(args, subfolders[0])
     identity = {"variant": args.variant, "config": config}
     if not Path(model).is_dir():
         return identity | {"model": model, "revision": args.revision, "commit": commit}
-    files = [path for subfolder in subfolders for path in sorted((Path(model) / subfolder).iterdir())]
-    return identity | {"files": [(f"{f.parent.name}/{f.name}", content_hash(str(f))) for f in files if f.is_file()]}
+    identity["files"] = []
+    for subfolder in subfolders:
+        for path in sorted(Path(model, subfolder).iterdir()):
+            if path.is_file():
+                identity["files"].append((f"{subfolder}/{path.name}", content_hash(str(path))))
+    return identity
 
 
 def item_path(folder: Path, kind: str, **content) -> Path:
-    """The file of one precomputed item. Its name is a hash of all that decides its content."""
+    """Return the file of one precomputed item. Its name is a hash of all that decides its content."""
     key = json.dumps({"format": CACHE_FORMAT, "kind": kind, **content}, sort_keys=True, default=str)
     return folder / kind / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.{CACHE_FORMAT}.safetensors"
 
 
 def find_new(folder: Path, name: str, items: dict[object, tuple[Path, ...]]) -> list:
-    """The keys of `items` whose files are not all in `folder` and complete; of equal files the last key. The first
-    process finds them before any process writes."""
+    """Return the keys of `items` whose files are not all in `folder` and complete; of equal files the last key. Call
+    it in the first process, before any process writes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for partial in folder.glob(".*.partial"):
+        if time.time() - partial.stat().st_mtime > 3600:  # a process was killed while it wrote
+            partial.unlink(missing_ok=True)
+    older = [path for path in folder.glob("*.safetensors") if f".{CACHE_FORMAT}." not in path.name]
+    if older:
+        num_bytes = sum(path.stat().st_size for path in older)
+        logger.info(f"{folder}: {num_bytes / 1e9:.2f} GB in {len(older)} files of an older version may be deleted")
     new = {}
-    if is_first_process():
-        folder.mkdir(parents=True, exist_ok=True)
-        for partial in folder.glob(".*.partial"):
-            if time.time() - partial.stat().st_mtime > 3600:  # a process was killed while it wrote
-                partial.unlink(missing_ok=True)
-        older = [path for path in folder.glob("*.safetensors") if f".{CACHE_FORMAT}." not in path.name]
-        if older:
-            size = sum(path.stat().st_size for path in older) / 1e9
-            logger.info(f"{folder}: {size:.2f} GB in {len(older)} files of an older version may be deleted")
-        new = {files: key for key, files in items.items() if not all(is_item(file, name) for file in files)}
-        logger.info(f"{folder}: {len(new)} of {len(items)} to encode")
-    return gather(list(new.values()))[0]
+    for key, files in items.items():
+        if not all(is_item(file, name) for file in files):
+            new[files] = key
+    logger.info(f"{folder}: {len(new)} of {len(items)} to encode")
+    return list(new.values())
 
 
 def is_item(path: Path, name: str) -> bool:
-    """Whether `path` is a complete file with the tensor `name`. Opening it compares its header with its size."""
+    """Tell whether `path` is a complete file with the tensor `name`. Opening it compares its header with its size."""
     try:
         with safe_open(path, framework="pt") as item:
             return name in item.keys()
@@ -2131,13 +2213,18 @@ class LatentDataset(Dataset):
     turn, are not trained on. Logs the sizes, and which clips lose much. Raises RunError if no clip is left."""
 
     def __init__(self, clips: list[tuple[tuple[Path, ...], Path, str]], no_prompt: Path, num_held_out: int, seed: int):
-        self.clips, self.no_prompt, self.shapes, cut_off = clips, no_prompt, [], []
+        self.clips = clips
+        self.no_prompt = no_prompt
+        self.shapes = []
+        sizes = Counter()
+        cut_off = []
         for files, _, name in clips:
             with safe_open(files[0], framework="pt") as item:
-                self.shapes.append(tuple(item.get_slice("moments").get_shape()))
+                channels, f, h, w = item.get_slice("moments").get_shape()
                 if "kept" in item.keys() and item.get_tensor("kept").min() < 0.5:
                     cut_off.append(name)
-        sizes = Counter(f"{4 * f - 3} x {8 * h} x {8 * w}" for _, f, h, w in self.shapes)
+            self.shapes.append((channels, f, h, w))
+            sizes[f"{4 * f - 3} x {8 * h} x {8 * w}"] += 1
         logger.info(f"Clips: {', '.join(f'{count} of {size}' for size, count in sorted(sizes.items()))}")
         if cut_off:
             logger.warning(f"More than half of the frames or of the pixels is cut off:\n{listing(cut_off)}")
@@ -2153,7 +2240,8 @@ class LatentDataset(Dataset):
         index, is_flipped, has_no_caption = key
         files, prompt, _ = self.clips[index]
         item = load_file(files[int(is_flipped)]) | load_file(self.no_prompt if has_no_caption else prompt)
-        return {name: tensor for name, tensor in item.items() if name != "kept"}
+        item.pop("kept", None)
+        return item
 
 
 class ShapeBatchSampler(Sampler[list[tuple[int, bool, bool]]]):
@@ -2165,36 +2253,48 @@ class ShapeBatchSampler(Sampler[list[tuple[int, bool, bool]]]):
         self, shapes: dict[int, tuple[int, ...]], batch_size: int, seed: int, random_flip: bool = False,
         caption_dropout: float = 0.0, share: tuple[int, int] = (0, 1),
     ):
-        self.shapes, self.batch_size, self.seed, self.random_flip = shapes, batch_size, seed, random_flip
-        self.caption_dropout, self.share, self.epoch, self.first_batch = caption_dropout, share, 0, 0
+        self.shapes = shapes
+        self.batch_size = batch_size
+        self.seed = seed
+        self.random_flip = random_flip
+        self.caption_dropout = caption_dropout
+        self.process, self.num_processes = share
+        self.epoch = 0
+        self.first_batch = 0
 
     def all_batches(self) -> list[list[tuple[int, bool, bool]]]:
-        """The epoch's batches of all processes: clips in random order fill the open batch of their shape."""
+        """Return the epoch's batches of all processes: clips in random order fill the open batch of their shape."""
         draw = random.Random(f"{self.seed}:{self.epoch}")
         order = list(self.shapes)
         draw.shuffle(order)
-        batches, filling = [], {}
+        batches = []
+        filling = {}  # by shape
         for index in order:
             batch = filling.setdefault(self.shapes[index], [])
             is_flipped = self.random_flip and draw.random() < 0.5
-            batch.append((index, is_flipped, self.caption_dropout > 0 and draw.random() < self.caption_dropout))
+            has_no_caption = self.caption_dropout > 0 and draw.random() < self.caption_dropout
+            batch.append((index, is_flipped, has_no_caption))
             if len(batch) == self.batch_size:
                 batches.append(filling.pop(self.shapes[index]))
         batches += filling.values()
-        missing = -len(batches) % self.share[1]  # every process takes the same number of batches
-        return batches + [batches[i % len(batches)] for i in range(missing)]
+        for i in range(-len(batches) % self.num_processes):  # every process takes the same number of batches
+            batches.append(batches[i])
+        return batches
 
     def __iter__(self) -> Iterator[list[tuple[int, bool, bool]]]:
-        yield from self.all_batches()[self.share[0] :: self.share[1]][self.first_batch :]
+        yield from self.all_batches()[self.process :: self.num_processes][self.first_batch :]
 
     def __len__(self) -> int:
-        """Batches in a whole epoch of this process."""
-        return len(self.all_batches()) // self.share[1]
+        """Return the number of batches in a whole epoch of this process."""
+        return len(self.all_batches()) // self.num_processes
 
 
 def get_dataloader(args: Namespace, accelerator: Accelerator, dataset: LatentDataset, seed: int) -> tuple:
-    """The loader of this process's batches, on its device, and the sampler that says where in the data it is."""
-    shapes = {index: shape for index, shape in enumerate(dataset.shapes) if index not in dataset.held_out}
+    """Return the loader of this process's batches, on its device, and the sampler that says where in the data it
+    is."""
+    shapes = dict(enumerate(dataset.shapes))
+    for index in dataset.held_out:
+        del shapes[index]
     share = (accelerator.process_index, accelerator.num_processes)
     sampler = ShapeBatchSampler(shapes, args.train_batch_size, seed, args.random_flip, args.caption_dropout, share)
     workers = args.dataloader_num_workers
