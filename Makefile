@@ -33,12 +33,12 @@ test-slow: PYTEST_ARGS += --slow
 test-slow: test
 
 # One thread. OpenMP threads wait for each other in busy loops: with two of them on two cores, a step takes 20 % less
-# time, but 7 to 19 times as long when another process uses one core. nproc, in tools/demo.sh, prints OMP_NUM_THREADS.
+# time, but 7 to 19 times as long when another process uses one core. nproc, in demo/demo.sh, prints OMP_NUM_THREADS.
 demo: export OMP_NUM_THREADS := 1
 demo: $(VENV)/.installed
 	rm -rf $(DEMO)
-	$(BIN)/python tests/tiny.py $(DEMO) --kind $(KIND)
-	DEMO=$(DEMO) KIND=$(KIND) PATH="$(CURDIR)/$(BIN):$$PATH" bash tools/demo.sh
+	$(BIN)/python demo/tiny.py $(DEMO) --kind $(KIND)
+	DEMO=$(DEMO) KIND=$(KIND) PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/demo.sh
 	$(BIN)/python tools/report.py $(DEMO)/smiley
 
 clean:

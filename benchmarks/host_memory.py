@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 SCRIPTS = {"t2v": "train_cogvideox_lora", "i2v": "train_cogvideox_image_to_video_lora"}
 
 

@@ -25,7 +25,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from PIL import Image
 from transformers import T5Config, T5EncoderModel
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "demo"))
 import tiny  # noqa: E402
 
 TEXT_LAYERS = 2

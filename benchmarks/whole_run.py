@@ -25,7 +25,7 @@ from statistics import median
 import models
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 LAYERS, HEADS, CLIPS = 8, 8, 16  # heads of 64 channels
 SIZE = (17, 192, 288)  # frames, height, width
 VAE_WIDTHS = [32, 64, 64, 128]

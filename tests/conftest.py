@@ -30,7 +30,7 @@ os.environ |= {
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / folder) for folder in ("", "tests", "tools", "benchmarks")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("", "demo", "tests", "tools", "benchmarks")]
 
 import pytest  # noqa: E402
 

@@ -134,6 +134,7 @@ def make() -> None:
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(ARCHIVE.parent.parent), str(ARCHIVE.parent)]
+    root = ARCHIVE.parent.parent
+    sys.path[:0] = [str(root), str(root / "demo"), str(root / "tests")]
     torch.set_num_threads(1)
     make()

@@ -113,7 +113,7 @@ def test_other_commands_exist():
     makefile = (ROOT / "Makefile").read_text()
     assert all(re.search(rf"^{command.split()[1]}:", makefile, re.M) for command in made)
     assert "make test" in (ROOT / ".ci" / "run").read_text()
-    for path in re.findall(r"`((?:tools|tests|benchmarks|scripts|accelerate_configs)/[\w./]+)`", TEXTS):
+    for path in re.findall(r"`((?:demo|tools|tests|benchmarks|scripts|accelerate_configs)/[\w./]+)`", TEXTS):
         assert (ROOT / path).exists(), path
     for command in re.findall(r"`python (\S+\.py)", TEXTS):
         assert (ROOT / command).is_file(), command
@@ -209,8 +209,8 @@ LAUNCHERS = [
     ("scripts/train_i2v_multi_gpu.sh", {"DATA": ".", "PROMPTS": "a", "IMAGES": "a b.png", "GPUS": "2"}),
     ("scripts/train_multi_node.sh", NODE | {"PROMPTS": "a b:::c"}),
     ("scripts/train_multi_node.sh", NODE | {"KIND": "i2v", "PROMPTS": "a", "IMAGES": "a.png"} | ZERO2),
-    ("tools/demo.sh", {"DEMO": ".demo"}),
-    ("tools/demo.sh", {"DEMO": ".demo", "KIND": "i2v"}),
+    ("demo/demo.sh", {"DEMO": ".demo"}),
+    ("demo/demo.sh", {"DEMO": ".demo", "KIND": "i2v"}),
 ]
 SAY = 'printf "%s\\n" accelerate "$@"'  # an accelerate that prints its arguments
 SAY_STORE = 'echo "store $TORCH_DISABLE_SHARE_RDZV_TCP_STORE" >&2; ' + SAY
@@ -234,7 +234,7 @@ def run_shell_script(path: str, folder: Path, *flags: str, **settings: str):
 @pytest.mark.parametrize(("path", "settings"), LAUNCHERS)
 def test_shell_scripts_launch_the_training(path, settings, tmp_path):
     stand_in(tmp_path, "accelerate", SAY_STORE)
-    stand_in(tmp_path, "python", "exit 1")  # tools/demo.sh asks it for a GPU
+    stand_in(tmp_path, "python", "exit 1")  # demo/demo.sh asks it for a GPU
     done = run_shell_script(path, tmp_path, "--seed", "7", **settings)
     assert done.returncode == 0, done.stderr
     launch, script, flags = launched(done.stdout.splitlines())

@@ -1,6 +1,6 @@
 """Tiny CogVideoX models and clips, made from configs and arrays: what the tests and the demo train on.
 
-    python tests/tiny.py FOLDER [--kind i2v]
+    python demo/tiny.py FOLDER [--kind i2v]
 
 writes what the demo needs: FOLDER/model, whose transformer was trained for a minute to make squares that move right or
 left, and FOLDER/clips, of a smiley, which it has never seen, that also moves up and down; for image-to-video also
