@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,10 +23,12 @@ from conftest import BOTH, ROOT, SCRIPTS, Child, reset_accelerate
 from PIL import Image
 
 README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-TEXTS = README + "".join(page.read_text() for page in PAGES)
+TEXTS = README + CONTRIBUTING + "".join(page.read_text() for page in PAGES)
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXTS, flags=re.DOTALL)
 BASH = [block for language, block in BLOCKS if language == "bash"]
+(CARRY_OVER,) = [block for block in BASH if block.startswith("git diff")]
 FLAGS = [block for block in BASH if block.startswith("flags=(")]
 (TRAIN,) = [block for block in BASH if "train=(" in block]
 MODELS = {name.lower(): block for name, block in re.findall(r"^# CogVideoX-?(\S+)\n(.*?\))\n", TRAIN, re.M | re.S)}
@@ -104,10 +107,11 @@ def test_the_train_and_resume_commands_do_what_the_readme_says(model, models, cl
 
 def test_other_commands_exist():
     others = {line for block in BASH if "=(" not in block for line in block.splitlines()}
-    others -= {line for block in LAUNCHES.values() for line in block.splitlines()}
+    others -= {line for block in [*LAUNCHES.values(), CARRY_OVER] for line in block.splitlines()}
     made = {"make demo", "make demo KIND=i2v", "make test", "make test-slow"}
     made_elsewhere = {"pip install -r requirements.txt", "uv run train_cogvideox_lora.py --help"}
     made_elsewhere |= {"bash scripts/on_gpu.sh results", "python -m pytest -m gpu tests/test_gpu.py"}
+    made_elsewhere |= {".venv/bin/ruff check .", ".venv/bin/python -m pytest tests/test_data.py"}
     tools = ['plan.py "${train[@]}" --gpu 4090', 'preview_data.py "${train[@]}"', "report.py my_lora"]
     assert others == made | made_elsewhere | {f"python tools/{tool}" for tool in tools}
     makefile = (ROOT / "Makefile").read_text()
@@ -147,7 +151,7 @@ def test_flags_in_the_readme_exist():
 def test_the_code_that_uses_the_lora_runs(finished, model):
     """The README's lines, with the name and the number of frames of the tiny model."""
     Path("my_lora").symlink_to(finished / "output")
-    (snippet,) = (block for language, block in BLOCKS if language == "python")
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert "pipe.load_lora_weights" in snippet and "set_adapters" not in snippet
     snippet = re.sub(r'"THUDM/[^"]*"', repr(str(model)), snippet).replace("num_frames=49", "num_frames=9")
     exec(compile(snippet, "README.md", "exec"), {})
@@ -165,6 +169,25 @@ def test_each_page_of_docs_is_linked_once():
     for page in PAGES:
         links = [link for link in re.findall(r"\]\((.*?)\)", page.read_text()) if not link.startswith("http")]
         assert all((page.parent / link).is_file() for link in links), links
+
+
+def test_contributing_is_linked_once_and_its_links_exist():
+    assert README.count("](CONTRIBUTING.md)") == 1
+    assert all((ROOT / link).is_file() for link in re.findall(r"\]\((.*?)\)", CONTRIBUTING))
+
+
+@pytest.mark.skipif(not (shutil.which("git") and shutil.which("patch")), reason="needs git and patch")
+def test_a_change_is_carried_over_to_the_other_script(tmp_path):
+    for name in SCRIPTS:
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    text_to_video, image_to_video = (tmp_path / f"{name}.py" for name in SCRIPTS)
+    before = image_to_video.read_text()
+    old, new = "def train_step(", "def train_one_step("  # any change to what both have
+    for command in ("git init", "git add ."):
+        subprocess.run(command.split(), cwd=tmp_path, check=True, capture_output=True)
+    text_to_video.write_text(text_to_video.read_text().replace(old, new))
+    subprocess.run(["bash", "-euo", "pipefail", "-c", CARRY_OVER], cwd=tmp_path, check=True, capture_output=True)
+    assert image_to_video.read_text() == before.replace(old, new) != before
 
 
 CONFIGS = {  # the launcher's flags that accelerate reads from each
