@@ -2488,8 +2488,10 @@ def save_checkpoint(run: Run) -> None:
     """Write checkpoint-N, all processes together: everything under another name, STATE_FILE last, then the rename. If
     one cannot write, that is logged, the checkpoints before it stay, and training continues. Raises RunError, code 3,
     for weights that are not finite, before they are saved."""
-    accelerator, folder = run.accelerator, Path(run.args.output_dir) / f"checkpoint-{run.step}"
-    partial, is_written = partial_name(folder), False
+    accelerator = run.accelerator
+    folder = Path(run.args.output_dir) / f"checkpoint-{run.step}"
+    partial = partial_name(folder)
+    is_written = False
     weights = lora_weights(run.base)
     if not all(weight.isfinite().all() for weight in weights.values()):
         raise not_finite(run, "weights of the LoRA are not finite")
@@ -2502,23 +2504,26 @@ def save_checkpoint(run: Run) -> None:
         is_written = True
     if all(gather(is_written)) and accelerator.is_main_process:
         with attempt(f"Writing {folder}"):
-            content = {"saved_at": time.time(), "settings": run.settings, "sizes": file_sizes(partial)}
-            content |= {"state": {name: getattr(run, name) for name in RUN_STATE}}
+            state = {name: getattr(run, name) for name in RUN_STATE}
+            content = {
+                "saved_at": time.time(), "settings": run.settings, "sizes": file_sizes(partial), "state": state
+            }
             (partial / STATE_FILE).write_text(json.dumps(content, indent=1))
             for path in (*partial.rglob("*"), partial):
                 flush(path)
             os.replace(partial, folder)
             flush(folder.parent)
             logger.info(f"Saved {folder}")
-            for old in list_checkpoints(folder.parent)[: -(run.args.checkpoints_total_limit or sys.maxsize)]:
-                remove_checkpoint(old)
+            if run.args.checkpoints_total_limit:
+                for old in list_checkpoints(folder.parent)[: -run.args.checkpoints_total_limit]:
+                    remove_checkpoint(old)
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     gather()
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """The name goes first, so that a kill leaves no part of a checkpoint under it."""
+    """Remove a checkpoint. Its name goes first, so that a kill leaves no part of it under this name."""
     shutil.rmtree(partial_name(folder), ignore_errors=True)
     if folder.exists():
         os.replace(folder, partial_name(folder))
@@ -2526,53 +2531,75 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, the oldest first."""
+    """Return the complete checkpoints of a run, the oldest first."""
     states = {folder: read_training_state(folder) for folder in output_dir.glob("checkpoint-*")}
     return sorted(filter(states.get, states), key=lambda folder: states[folder]["saved_at"])
 
 
 def find_checkpoint(args: Namespace, settings: dict) -> Path | None:
-    """The folder that --resume_from_checkpoint means, None for a fresh start. Nothing is written. Warns of `settings`
-    that changed. Raises RunError if the checkpoint is missing, damaged or does not fit, or if a fresh start would
-    overwrite another run."""
-    output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
+    """Return the folder that --resume_from_checkpoint means, or None for a fresh start. Nothing is written. Warns of
+    `settings` that changed. Raises RunError if the checkpoint is missing, damaged or does not fit, or if a fresh start
+    would overwrite another run."""
+    output_dir = Path(args.output_dir)
+    wanted = args.resume_from_checkpoint
     complete = list_checkpoints(output_dir)
-    candidates = complete[::-1] if wanted == "latest" else [output_dir / wanted, Path(wanted)] if wanted else []
-    for folder in filter(read_training_state, candidates):
-        content, sizes = read_training_state(folder), file_sizes(folder)
-        if damaged := [name for name, size in content["sizes"].items() if sizes.get(name) != size]:
+    if wanted == "latest":
+        candidates = complete[::-1]
+    elif wanted:
+        candidates = [output_dir / wanted, Path(wanted)]  # a name within the run, or any path
+    else:
+        candidates = []
+    for folder in candidates:
+        content = read_training_state(folder)
+        if not content:
+            continue
+        sizes = file_sizes(folder)
+        damaged = [name for name, size in content["sizes"].items() if sizes.get(name) != size]
+        if damaged:
             logger.warning(f"{folder} is damaged and passed over: {', '.join(damaged)}")
             continue
-        engine = content["settings"].get("engine")
-        if engine in ("deepspeed zero3", "fsdp2"):
-            way = f"start a new run from its LoRA: --init_lora {folder} and another --output_dir"
-            raise RunError(f"--resume_from_checkpoint: {folder} was written with {engine}, which is gone: {way}")
-        pairs = {name: (content["settings"].get(name, value), value) for name, value in settings.items()}
-        changed = {name: f"{name} was {old}, is {new}" for name, (old, new) in pairs.items() if old != new}
-        fixed = {"rank", "lora_targets", "lora_blocks", "optimizer", "use_8bit_adam", "engine"}
-        if settings["engine"] != "replicated":  # it writes a file of the optimizer for each process
-            fixed.add("num_processes")
-        if refused := [changed[name] for name in sorted(fixed & changed.keys())]:
-            raise RunError(f"--resume_from_checkpoint: {folder} does not fit these flags:\n{listing(refused)}")
-        if changed:
-            changes = listing(list(changed.values()))
-            logger.warning(f"{folder} is resumed with other settings (its learning rate stays):\n{changes}")
+        check_settings(folder, content["settings"], settings)
         return folder
     if wanted not in (None, "latest"):
         names = ", ".join(folder.name for folder in complete) or "none"
         raise RunError(f"--resume_from_checkpoint {wanted}: no complete checkpoint; {output_dir} has {names}")
-    patterns = [LORA_FILE] if wanted else [LORA_FILE, "metrics.jsonl", "checkpoint-*"]
-    found = [path for pattern in patterns for path in sorted(output_dir.glob(pattern)) if path.stat().st_size]
-    if found:
+    found = list(output_dir.glob(LORA_FILE))
+    if not wanted:
+        found += [*output_dir.glob("metrics.jsonl"), *sorted(output_dir.glob("checkpoint-*"))]
+    names = ", ".join(path.name for path in found if path.stat().st_size)
+    if names:
         ways = "resume it with --resume_from_checkpoint latest, or give another --output_dir"
-        raise RunError(f"--output_dir {output_dir} has a run already ({', '.join(p.name for p in found)}): {ways}")
+        raise RunError(f"--output_dir {output_dir} has a run already ({names}): {ways}")
     if wanted:
         logger.info(f"--resume_from_checkpoint latest: {output_dir} has no checkpoint, so this is a fresh start")
     return None
 
 
+def check_settings(folder: Path, saved: dict, settings: dict) -> None:
+    """Compare the settings of a run with those that its checkpoint was `saved` with. Warns of changes. Raises RunError
+    for those that the checkpoint does not fit."""
+    engine = saved.get("engine")
+    if engine in ("deepspeed zero3", "fsdp2"):
+        way = f"start a new run from its LoRA: --init_lora {folder} and another --output_dir"
+        raise RunError(f"--resume_from_checkpoint: {folder} was written with {engine}, which is gone: {way}")
+    changed = {}
+    for name, value in settings.items():
+        old = saved.get(name, value)  # older checkpoints do not have all
+        if old != value:
+            changed[name] = f"{name} was {old}, is {value}"
+    fixed = {"rank", "lora_targets", "lora_blocks", "optimizer", "use_8bit_adam", "engine"}
+    if settings["engine"] != "replicated":  # it writes a file of the optimizer for each process
+        fixed.add("num_processes")
+    refused = [changed[name] for name in sorted(fixed & changed.keys())]
+    if refused:
+        raise RunError(f"--resume_from_checkpoint: {folder} does not fit these flags:\n{listing(refused)}")
+    if changed:
+        changes = listing(list(changed.values()))
+        logger.warning(f"{folder} is resumed with other settings (its learning rate stays):\n{changes}")
+
+
 def read_training_state(folder: Path) -> dict:
-    """`saved_at`, `settings`, `state` and file `sizes` of a complete checkpoint; {} for another folder."""
+    """Return `saved_at`, `settings`, `state` and file `sizes` of a complete checkpoint; {} for another folder."""
     try:
         return json.loads((folder / STATE_FILE).read_text())
     except (OSError, ValueError):
@@ -2580,16 +2607,20 @@ def read_training_state(folder: Path) -> dict:
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of each file below `folder`, STATE_FILE left out."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != STATE_FILE]
-    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    """Return the bytes of each file below `folder` but STATE_FILE."""
+    sizes = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name != STATE_FILE:
+            sizes[str(path.relative_to(folder))] = path.stat().st_size
+    return sizes
 
 
 def make_output_folders(args: Namespace, checkpoint: Path | None, settings: dict) -> None:
     """Make the folders that the run writes to, and run.json: what it was started with. Remove what an earlier run left
     half-written there, and the lines of metrics.jsonl after the `checkpoint` that is resumed. Raises
     RunError."""
-    output_dir, metrics = Path(args.output_dir), Path(args.output_dir) / "metrics.jsonl"
+    output_dir = Path(args.output_dir)
+    metrics = output_dir / "metrics.jsonl"
     with explain("--output_dir or --precompute_dir cannot be written", OSError):
         for folder in (output_dir / args.logging_dir, precompute_folder(args)):
             folder.mkdir(parents=True, exist_ok=True)
@@ -2631,7 +2662,8 @@ def save_after_error(run: Run, batch: int, random_state: Tensor, cuda_states: li
 
 
 def not_finite(run: Run, what: str) -> RunError:
-    newest = ["none", *list_checkpoints(Path(run.args.output_dir))][-1]
+    checkpoints = list_checkpoints(Path(run.args.output_dir))
+    newest = checkpoints[-1] if checkpoints else "none"
     saved = f"Nothing of this step was saved; the last checkpoint is {newest}"
     advice = "a lower --learning_rate, --mixed_precision bf16 in place of fp16, or a longer --lr_warmup_steps"
     return RunError(f"step {run.step}: {what}. {saved}. Try {advice}.", exit_code=3, is_shared=True)
