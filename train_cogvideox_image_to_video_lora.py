@@ -2386,8 +2386,8 @@ def get_dataloader(args: Namespace, accelerator: Accelerator, dataset: LatentDat
 
 
 def get_optimizer(args: Namespace, params_to_optimize, use_deepspeed: bool = False) -> torch.optim.Optimizer:
-    """The optimizer of --optimizer over parameters or parameter groups. With `use_deepspeed`, the placeholder for the
-    optimizer that DeepSpeed's own configuration defines."""
+    """Return the optimizer of --optimizer over parameters or parameter groups; with `use_deepspeed`, the placeholder
+    for the optimizer that DeepSpeed's own configuration defines."""
     if use_deepspeed:
         from accelerate.utils.deepspeed import DummyOptim
         return DummyOptim(params_to_optimize, lr=args.learning_rate)
@@ -2409,8 +2409,8 @@ def get_optimizer(args: Namespace, params_to_optimize, use_deepspeed: bool = Fal
 
 
 def prepare(args: Namespace, accelerator: Accelerator, transformer: torch.nn.Module, max_train_steps: int) -> tuple:
-    """Transformer, optimizer and schedule (over optimizer steps, with any number of processes) as the engine wraps
-    them. A DeepSpeed configuration that defines an optimizer or a schedule replaces that of the flags."""
+    """Return transformer, optimizer and schedule (over optimizer steps, with any number of processes) as the engine
+    wraps them. A DeepSpeed configuration that defines an optimizer or a schedule replaces that of the flags."""
     if args.lr_scheduler != "constant" and args.lr_warmup_steps >= max_train_steps:
         flag = f"--lr_warmup_steps {args.lr_warmup_steps}"
         logger.warning(f"{flag} of {max_train_steps} steps: the learning rate never reaches its full value.")
@@ -2450,7 +2450,7 @@ def prepare(args: Namespace, accelerator: Accelerator, transformer: torch.nn.Mod
 
 @dataclasses.dataclass
 class Run:
-    """What checkpoints, validation and the loop share. Only the position in the data changes. Its creation is
+    """Hold what checkpoints, validation and the loop share. Only the position in the data changes. Its creation is
     collective."""
 
     args: Namespace
@@ -2673,23 +2673,25 @@ def not_finite(run: Run, what: str) -> RunError:
 
 
 def run_validation(run: Run, is_final: bool = False) -> list[tuple[str, Path]]:
-    """Sample the validation prompts with the LoRA as it is, each process its share; returns each video with its
-    prompt. These were encoded at the start, so the text encoder is not loaded. A failure (out of memory, a full disk)
-    is logged, and training continues. A signal to stop ends the sampling."""
-    args, accelerator, inputs = run.args, run.accelerator, validation_inputs(run.args)
-    share = range(accelerator.process_index, len(inputs), accelerator.num_processes)
-    sampled, videos = [], []
+    """Sample the validation prompts with the LoRA as it is, each process some of them. Return each video with its
+    prompt. The prompts were encoded at the start, so the text encoder is not loaded. A failure (out of memory, a full
+    disk) is logged, and training continues. A signal to stop ends the sampling."""
+    args = run.args
+    accelerator = run.accelerator
+    inputs = validation_inputs(args)
+    own = range(accelerator.process_index, len(inputs), accelerator.num_processes)  # prompts of this process
+    sampled = []
     run.base.eval()
     if run.latents.held_out:
         log_held_out_loss(run)
-    if share:
+    if own:
         with attempt("Validation"), stage(args, "sampling", run.step):
             vae = load_vae(args, DTYPES[accelerator.mixed_precision]).to(accelerator.device)
             if run.is_decoded_in_tiles:
                 vae.enable_tiling(*SMALL_TILES)
             pipe = PIPELINE(None, None, vae, run.base, run.noise_scheduler)
             pipe.set_progress_bar_config(disable=not (is_first_process() and sys.stderr.isatty()), leave=False)
-            for index in share:
+            for index in own:
                 pipeline_args = {**sampling_settings(args), **inputs[index], "prompt": None}
                 for name, prompt in (("prompt_embeds", inputs[index]["prompt"]), ("negative_prompt_embeds", "")):
                     embeds = load_file(run.prompt_files[prompt])["prompt_embeds"]  # [S, D]
@@ -2702,8 +2704,10 @@ def run_validation(run: Run, is_final: bool = False) -> list[tuple[str, Path]]:
         pipe = vae = None
     run.base.train()
     clear_device_cache(garbage_collection=True)  # also after held-out clips
-    for index in sorted(sum(gather(sampled), [])):
-        files, prompt = validation_files(args, run.step, is_final, index), inputs[index]["prompt"]
+    videos = []
+    for index in sorted(itertools.chain(*gather(sampled))):
+        files = validation_files(args, run.step, is_final, index)
+        prompt = inputs[index]["prompt"]
         videos += [(prompt, file) for file in files]
         if accelerator.is_main_process:
             send_videos(accelerator, files, prompt, run.step)
@@ -2715,12 +2719,13 @@ def log_validation(
     is_final_validation: bool = False, files: list[Path] | None = None,
 ) -> list[np.ndarray]:
     """Sample --num_validation_videos with `pipeline_args`, the same ones each time for one --seed. They are written to
-    `files`, else to <output_dir>/validation and the trackers. Returns the videos, [F, H, W, C] in [0, 1]."""
+    `files`, else to <output_dir>/validation and the trackers. Return the videos, [F, H, W, C] in [0, 1]."""
     # CogVideoX is sampled with the DPM scheduler; a fresh one, since it keeps state from call to call.
     pipe.scheduler = CogVideoXDPMScheduler.from_config(pipe.scheduler.config)
     # Its own generator: sampling must neither depend on the training's random numbers nor advance them.
     generator = torch.Generator(accelerator.device).manual_seed(0 if args.seed is None else args.seed)
-    paths, videos = files or validation_files(args, epoch, is_final_validation, 0), []
+    paths = files or validation_files(args, epoch, is_final_validation, 0)
+    videos = []
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         video = pipe(**pipeline_args, generator=generator, output_type="np").frames[0]  # [>=F, H, W, C]
@@ -2733,13 +2738,13 @@ def log_validation(
 
 
 def sampling_settings(args: Namespace) -> dict:
-    """What all validation videos have in common, by the pipeline's names."""
+    """Return what all validation videos have in common, by the pipeline's names."""
     names = ("height", "width", "num_inference_steps", "guidance_scale", "use_dynamic_cfg")
     return {"num_frames": frames_4k_plus_1(args.max_num_frames)} | {name: getattr(args, name) for name in names}
 
 
 def validation_files(args: Namespace, step: int, is_final: bool, prompt: int) -> list[Path]:
-    """Where the --num_validation_videos of one prompt are written."""
+    """Return the files to which the --num_validation_videos of one prompt are written."""
     stem = f"{'test' if is_final else 'validation'}_step-{step:06d}_prompt-{prompt}"
     return [Path(args.output_dir, "validation", f"{stem}_video-{i}.mp4") for i in range(args.num_validation_videos)]
 
@@ -2755,7 +2760,8 @@ def stop_sampling(run: Run, _pipe: PIPELINE, _step: int, _timestep, tensors: dic
 def log_held_out_loss(run: Run) -> None:
     """Log the mean loss of the clips of --eval_split at 10 noise levels, with the same noise each time. A failure (out
     of memory) is logged, and training continues. Collective."""
-    accelerator, losses = run.accelerator, {}
+    accelerator = run.accelerator
+    losses = {}
     args = Namespace(**vars(run.args) | {"noised_image_dropout": 0})
     timesteps = torch.linspace(0, run.noise_scheduler.config.num_train_timesteps - 1, 10).long().to(accelerator.device)
     with attempt("The loss of the held-out clips"):
@@ -2767,7 +2773,8 @@ def log_held_out_loss(run: Run) -> None:
                 latents, conditions = prepare_batch(batch, run.base.config, run.vae_config, args)
                 given = (run.base, run.noise_scheduler, latents, conditions, None)
                 losses[index] = sum(diffusion_loss(*given, timestep).item() for timestep in timesteps.split(1))
-    losses = {index: loss for found in gather(losses) for index, loss in found.items()}
+    for of_one_process in gather(losses):
+        losses |= of_one_process
     if len(losses) == len(run.latents.held_out):  # a mean of other clips could not be compared
         mean = {"validation/loss": sum(losses.values()) / len(losses) / len(timesteps)}
         log_metrics(run, mean, mean)
@@ -2775,9 +2782,11 @@ def log_held_out_loss(run: Run) -> None:
 
 
 def start_trackers(args: Namespace, accelerator: Accelerator) -> None:
-    """Raises RunError. The token is in no tracker's configuration."""
-    shown = {name: value for name, value in vars(args).items() if name != "hub_token"}
-    config = {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in shown.items()}
+    """Start the trackers of --report_to. The token is in no tracker's configuration. Raises RunError."""
+    config = {}
+    for name, value in vars(args).items():
+        if name != "hub_token":
+            config[name] = value if isinstance(value, (bool, int, float, str)) else str(value)
     folder = {"wandb": {"dir": accelerator.logging_dir}}
     with explain(f"--report_to {args.report_to}"):
         accelerator.init_trackers(args.tracker_name or DEFAULT_OUTPUT_DIR, config, folder)
