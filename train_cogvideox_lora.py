@@ -97,7 +97,8 @@ CONVERT = "ffmpeg -i FILE -c:v libx264 -pix_fmt yuv420p clip.mp4 may make a clip
 STATE_FILE = "training_state.json"  # the last file that is written into a checkpoint: with it, it is complete
 CACHE_FORMAT = 2  # raise it when the content of a precomputed file changes for the same key
 READER_FORMAT = 1  # raise it when VideoFile or open_picture gives other frames
-ENCODED_PIXEL, DECODED_PIXEL = 12_000, 25_000  # values that the VAE holds at its peak for each of a frame, untiled
+ENCODED_PIXEL = 12_000  # values that the VAE's encoder holds at its peak for each pixel of a frame, without tiles
+DECODED_PIXEL = 25_000  # the same of its decoder
 OTHER_MEMORY = 1.5 * 2**30  # bytes of a card that CUDA, the VAE's weights and a desktop may take
 SMALL_TILES = (144, 160)  # pixels; the overlaps of the VAE's tiles, 1/6 and 1/5 of them, must be whole latent pixels
 RESUME_HINT = "To continue, give the same command with --resume_from_checkpoint latest."
@@ -120,8 +121,8 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     add("--revision", help="Hub revision of the model")
     add("--variant", help="weight file variant, such as fp16")
     add("--cache_dir", help="where downloaded models and data sets are kept")
-    add("--rank", type=COUNT, default=128, help="LoRA rank")
-    add("--lora_alpha", type=POSITIVE, default=128, help="the LoRA is applied with strength alpha / rank")
+    add("--rank", type=whole_from_1, default=128, help="LoRA rank")
+    add("--lora_alpha", type=above_0, default=128, help="the LoRA is applied with strength alpha / rank")
     layers = f"layers that get a LoRA, named as in the model; default: {' '.join(LORA_TARGETS)}"
     add("--lora_target_modules", nargs="+", metavar="X", help=layers)
     blocks = "transformer blocks that get a LoRA, counted from 0; those before cost a forward pass alone; default: all"
@@ -149,24 +150,24 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     add("--video_column", default="video", help="column of the videos, or the line file of their paths")
     add("--caption_column", default="text", help="column of the captions, or the line file of them")
     add("--id_token", help="trigger word put before every training prompt")
-    add("--height", type=pixels, default=480, help="pixels, a multiple of 16")
-    add("--width", type=pixels, default=720, help="pixels, a multiple of 16")
+    add("--height", type=side, default=480, help="pixels, a multiple of 16")
+    add("--width", type=side, default=720, help="pixels, a multiple of 16")
     crop = "where to crop (none: as random), or stretch"
     add("--video_reshape_mode", choices=["center", "random", "none", "stretch"], default="center", help=crop)
-    add("--fps", type=COUNT, default=8, help="rate of --frame_sampling fps and of written videos")
-    add("--max_num_frames", type=COUNT, default=49, help="frames taken from a clip at most, 4k+1")
+    add("--fps", type=whole_from_1, default=8, help="rate of --frame_sampling fps and of written videos")
+    add("--max_num_frames", type=whole_from_1, default=49, help="frames taken from a clip at most, 4k+1")
     sizes = "frames x height x width for clips of many lengths and shapes, such as 49x480x720 49x720x480"
     add("--buckets", nargs="+", type=bucket, metavar="FxHxW", help=sizes)
-    add("--skip_frames_start", type=COUNT_OR_ZERO, default=0, help="frames left out at the start of each clip")
-    add("--skip_frames_end", type=COUNT_OR_ZERO, default=0, help="frames left out at the end of each clip")
+    add("--skip_frames_start", type=whole_from_0, default=0, help="frames left out at the start of each clip")
+    add("--skip_frames_end", type=whole_from_0, default=0, help="frames left out at the end of each clip")
     add("--frame_sampling", choices=["stride", "uniform", "fps"], default="stride", help="frames taken of a long clip")
     add("--random_flip", action="store_true", help="horizontal flips: each clip is encoded both ways")
-    add("--caption_dropout", type=PROBABILITY, default=0.0, help="probability of training a clip without its caption")
-    add("--eval_split", type=COUNT_OR_ZERO, default=0, help="clips kept out of the training, whose loss is logged")
+    add("--caption_dropout", type=from_0_to_1, default=0.0, help="probability of training a clip without its caption")
+    add("--eval_split", type=whole_from_0, default=0, help="clips kept out of the training, whose loss is logged")
     reader = "pyav: what a person sees; decord: the frames that the original scripts trained on"
     add("--video_reader", choices=["pyav", "decord"], default="pyav", help=reader)
     workers = "processes that decode clips and read batches; 0: one process decodes"
-    add("--dataloader_num_workers", type=COUNT_OR_ZERO, default=0, help=workers)
+    add("--dataloader_num_workers", type=whole_from_0, default=0, help=workers)
     add("--skip_bad_videos", action="store_true", help="train without the clips that cannot be decoded")
     add("--precompute_dir", help="default: .cogvideox_precomputed in --instance_data_root, else in --output_dir")
 
@@ -175,43 +176,43 @@ def add_validation_args(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("validation").add_argument
     add("--validation_prompt", help="one or more prompts, joined by the separator")
     add("--validation_prompt_separator", default=":::", help="between prompts")
-    add("--num_validation_videos", type=COUNT, default=1, help="videos a prompt")
-    add("--validation_epochs", type=COUNT, default=50, help="validate every N epochs")
-    add("--validation_steps", type=COUNT, help="validate every N steps instead")
-    add("--num_inference_steps", type=COUNT, default=50, help="denoising steps of a validation video")
-    add("--guidance_scale", type=NOT_NEGATIVE, default=6, help="strength of the prompt; 1: as in training")
+    add("--num_validation_videos", type=whole_from_1, default=1, help="videos a prompt")
+    add("--validation_epochs", type=whole_from_1, default=50, help="validate every N epochs")
+    add("--validation_steps", type=whole_from_1, help="validate every N steps instead")
+    add("--num_inference_steps", type=whole_from_1, default=50, help="denoising steps of a validation video")
+    add("--guidance_scale", type=from_0, default=6, help="strength of the prompt; 1: as in training")
     add("--use_dynamic_cfg", action="store_true", help="the pipeline's cosine guidance schedule")
 
 
 def add_training_args(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training").add_argument
-    add("--seed", type=SEED, help="makes the run repeatable")
-    add("--train_batch_size", type=COUNT, default=4, help="clips a process and micro-batch")
-    add("--num_train_epochs", type=COUNT, default=1, help="times that each clip is trained on")
-    add("--max_train_steps", type=COUNT, help="optimizer steps; overrides --num_train_epochs")
-    add("--gradient_accumulation_steps", type=COUNT, default=1, help="micro-batches an optimizer step")
-    add("--checkpointing_steps", type=COUNT, default=500, help="optimizer steps between checkpoints")
-    add("--checkpoints_total_limit", type=COUNT, help="how many checkpoints to keep; default: all")
+    add("--seed", type=seed_number, help="makes the run repeatable")
+    add("--train_batch_size", type=whole_from_1, default=4, help="clips a process and micro-batch")
+    add("--num_train_epochs", type=whole_from_1, default=1, help="times that each clip is trained on")
+    add("--max_train_steps", type=whole_from_1, help="optimizer steps; overrides --num_train_epochs")
+    add("--gradient_accumulation_steps", type=whole_from_1, default=1, help="micro-batches an optimizer step")
+    add("--checkpointing_steps", type=whole_from_1, default=500, help="optimizer steps between checkpoints")
+    add("--checkpoints_total_limit", type=whole_from_1, help="how many checkpoints to keep; default: all")
     add("--resume_from_checkpoint", help='"latest", or a checkpoint')
-    add("--nccl_timeout", type=COUNT, default=600, help="seconds that a collective of a training step may take")
+    add("--nccl_timeout", type=whole_from_1, default=600, help="seconds that a collective of a training step may take")
 
     add = parser.add_argument_group("optimizer").add_argument
     optimizers = ["adam", "adamw", "prodigy"]
     add("--optimizer", type=str.lower, choices=optimizers, default="adam", help="what changes the LoRA's weights")
     add("--use_8bit_adam", action="store_true", help="8-bit states of bitsandbytes, for adam and adamw")
-    add("--learning_rate", type=POSITIVE, default=1e-4, help="1 for prodigy, which finds its own scale")
+    add("--learning_rate", type=above_0, default=1e-4, help="1 for prodigy, which finds its own scale")
     add("--scale_lr", action="store_true", help="learning rate times accumulation, batch size and processes")
     schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
     add("--lr_scheduler", choices=schedules, default="constant", help="the learning rate over the steps")
-    add("--lr_warmup_steps", type=COUNT_OR_ZERO, default=500, help="optimizer steps")
-    add("--lr_num_cycles", type=COUNT, default=1, help="cycles of cosine_with_restarts")
-    add("--lr_power", type=POSITIVE, default=1.0, help="exponent of polynomial")
-    add("--adam_beta1", type=BETA, default=0.9, help="decay of the mean of the gradients")
-    add("--adam_beta2", type=BETA, default=0.95, help="decay of the mean of their squares")
-    add("--adam_weight_decay", type=NOT_NEGATIVE, default=1e-4, help="also of prodigy, as are the betas")
-    add("--adam_epsilon", type=POSITIVE, default=1e-8, help="added to the divisor of a step")
-    add("--max_grad_norm", type=POSITIVE, default=1.0, help="gradients are clipped to this norm")
-    add("--prodigy_beta3", type=BETA, help="default: square root of beta2")
+    add("--lr_warmup_steps", type=whole_from_0, default=500, help="optimizer steps")
+    add("--lr_num_cycles", type=whole_from_1, default=1, help="cycles of cosine_with_restarts")
+    add("--lr_power", type=above_0, default=1.0, help="exponent of polynomial")
+    add("--adam_beta1", type=below_1, default=0.9, help="decay of the mean of the gradients")
+    add("--adam_beta2", type=below_1, default=0.95, help="decay of the mean of their squares")
+    add("--adam_weight_decay", type=from_0, default=1e-4, help="also of prodigy, as are the betas")
+    add("--adam_epsilon", type=above_0, default=1e-8, help="added to the divisor of a step")
+    add("--max_grad_norm", type=above_0, default=1.0, help="gradients are clipped to this norm")
+    add("--prodigy_beta3", type=below_1, help="default: square root of beta2")
     add("--prodigy_decouple", action="store_true", help="weight decay decoupled, as in AdamW")
     add("--prodigy_use_bias_correction", action="store_true", help="Adam's correction of its first steps")
     add("--prodigy_safeguard_warmup", action="store_true", help="keep the warm-up out of its estimate")
@@ -258,7 +259,7 @@ def get_args(argv: list[str] | None = None) -> Namespace:
 
 
 def check_args(args: Namespace) -> None:
-    """What several flags together can tell. Raises RunError with every problem found."""
+    """Check what several flags together say. Raises RunError with every problem found."""
     needs = {
         "bitsandbytes": (args.use_8bit_adam and "--use_8bit_adam") or (args.quantize_base and "--quantize_base nf4"),
         "prodigyopt": args.optimizer == "prodigy" and "--optimizer prodigy",
@@ -291,7 +292,7 @@ def validation_inputs(args: Namespace) -> list[dict]:
 
 
 def memory_flags(args: Namespace) -> list[tuple[str, object]]:
-    """The flags, with their values, that save device memory in training and are not in `args`; the cheapest first."""
+    """Return the flags that save device memory in training and are not in `args`, with values; the cheapest first."""
     flags = [("train_batch_size", 1), ("gradient_checkpointing", True), ("checkpoint_policy", "full")]
     flags += [("offload_base", True), ("offload_activations", True), ("use_8bit_adam", True)]
     if not args.offload_base:
@@ -301,7 +302,7 @@ def memory_flags(args: Namespace) -> list[tuple[str, object]]:
 
 
 def precompute_folder(args: Namespace) -> Path:
-    """Where encoded prompts and videos are kept between runs."""
+    """Return the folder of encoded prompts and videos, which are kept between runs."""
     return Path(args.precompute_dir or Path(args.instance_data_root or args.output_dir, ".cogvideox_precomputed"))
 
 
@@ -331,27 +332,30 @@ def layer_names(names) -> list[str]:
     return [name for name in LORA_TARGETS if name in names] + sorted(set(names) - set(LORA_TARGETS))
 
 
-def number(kind: type, limits: str, is_valid: Callable, text: str) -> float:
-    """The value of a flag. Raises argparse.ArgumentTypeError for what is no finite number within `limits`."""
+def flag_value(kind: type, limits: str, is_valid: Callable, text: str) -> float:
+    """Return the number that a flag has. Raises argparse.ArgumentTypeError if it is not finite or not in `limits`."""
     with contextlib.suppress(ValueError, OverflowError):
-        if math.isfinite(value := kind(text)) and is_valid(value):
+        value = kind(text)
+        if math.isfinite(value) and is_valid(value):
             return value
     raise argparse.ArgumentTypeError(f"must be {limits}, not {text}")
 
 
-def pixels(text: str) -> int:
-    """A height or width that the VAE and the transformer's patches divide."""
-    if (value := COUNT(text)) % 16:
+def side(text: str) -> int:
+    """Return a height or width, which the VAE and the transformer's patches divide."""
+    value = whole_from_1(text)
+    if value % 16:
         nearest = max(16, round(value / 16) * 16)
         raise argparse.ArgumentTypeError(f"must be a multiple of 16, not {value} (nearest: {nearest})")
     return value
 
 
 def bucket(text: str) -> tuple[int, int, int]:
-    """Frames, height and width of "49x480x720"."""
-    if len(sizes := text.split("x")) != 3 or COUNT(sizes[0]) % 4 != 1:
+    """Return frames, height and width of "49x480x720"."""
+    sizes = text.split("x")
+    if len(sizes) != 3 or whole_from_1(sizes[0]) % 4 != 1:
         raise argparse.ArgumentTypeError(f"must be 4k+1 frames x height x width, such as 49x480x720, not {text}")
-    return int(sizes[0]), pixels(sizes[1]), pixels(sizes[2])
+    return int(sizes[0]), side(sizes[1]), side(sizes[2])
 
 
 def block_range(text: str) -> str:
@@ -370,13 +374,13 @@ def quantization(text: str) -> str:
     return text
 
 
-COUNT = functools.partial(number, int, "a whole number, 1 or more", lambda value: value >= 1)
-COUNT_OR_ZERO = functools.partial(number, int, "a whole number, 0 or more", lambda value: value >= 0)
-POSITIVE = functools.partial(number, float, "a number, more than 0", lambda value: value > 0)
-NOT_NEGATIVE = functools.partial(number, float, "a number, 0 or more", lambda value: value >= 0)
-BETA = functools.partial(number, float, "a number, at least 0 and less than 1", lambda value: 0 <= value < 1)
-PROBABILITY = functools.partial(number, float, "from 0 to 1", lambda value: 0 <= value <= 1)
-SEED = functools.partial(number, int, f"from 0 to {2**31 - 1}", lambda value: 0 <= value < 2**31)
+whole_from_1 = functools.partial(flag_value, int, "a whole number, 1 or more", lambda value: value >= 1)
+whole_from_0 = functools.partial(flag_value, int, "a whole number, 0 or more", lambda value: value >= 0)
+above_0 = functools.partial(flag_value, float, "a number, more than 0", lambda value: value > 0)
+from_0 = functools.partial(flag_value, float, "a number, 0 or more", lambda value: value >= 0)
+below_1 = functools.partial(flag_value, float, "a number, at least 0 and less than 1", lambda value: 0 <= value < 1)
+from_0_to_1 = functools.partial(flag_value, float, "from 0 to 1", lambda value: 0 <= value <= 1)
+seed_number = functools.partial(flag_value, int, f"from 0 to {2**31 - 1}", lambda value: 0 <= value < 2**31)
 
 
 class FlagHelp(argparse.RawDescriptionHelpFormatter):
@@ -2987,7 +2991,7 @@ waiting_group = functools.cache(functools.partial(dist.new_group, backend="gloo"
 
 
 def is_first_process() -> bool:
-    """Before accelerate is set up, and for the log."""
+    """Return whether this is the first process of the run: known before accelerate is set up."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -3123,7 +3127,7 @@ def flush(path: Path) -> None:
 
 
 def partial_name(path: Path) -> Path:
-    """What a file or folder is called until it is complete."""
+    """Return the name that a file or folder has until it is complete."""
     return path.with_name(f".{path.name}.partial")
 
 
