@@ -475,7 +475,12 @@ def plan(script: ModuleType, args: Namespace, num_processes: int = 1, gpu: str |
     if gpu:
         found["fit"] = {stage: cost.peak / GIB <= limit for stage, cost in costs.items()}
         if not all(found["fit"][stage] for stage in trained_costs):
-            costs_of = lambda args: training_costs(script, args, configs, largest, dtype, limit * GIB)[0]  # noqa: E731
+
+            def costs_of(tried: Namespace) -> dict[str, Cost]:
+                if tried is args:
+                    return trained_costs  # counted above
+                return training_costs(script, tried, configs, largest, dtype, limit * GIB)[0]
+
             found["advice"] = what_fits(script, args, costs_of, limit * GIB)
     return found
 
