@@ -5,7 +5,6 @@ import os
 import random
 import re
 import struct
-import subprocess
 import time
 
 import psutil
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 from test_objective import record_inputs
+from test_reader import ffmpeg
 
 
 def boxes(data: bytes, start: int = 0, end: int | None = None):
@@ -35,13 +35,6 @@ def patched(data: bytes, name: bytes, offset: int, content: bytes) -> bytes:
     """`data` with `content` at `offset` in the first box called `name`."""
     start = next(first for box, first, _ in boxes(data) if box == name) + offset
     return data[:start] + content + data[start + len(content) :]
-
-
-def ffmpeg(*arguments) -> None:
-    import imageio_ffmpeg
-
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-y", *map(str, arguments)]
-    subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
 
 
 def make_corpus(folder, good: list[bytes]) -> list:

@@ -264,7 +264,6 @@ def test_hdr_is_brought_to_what_a_screen_shows(script, tmp_path, transfer, worst
     clip, seen = read_all(script, path)
     plain = with_ffmpeg(path)
     errors = [np.abs(each[2].astype(int) - frames[2]).mean() for each in (seen, plain)]
-    print(errors)
     assert clip.notes == ["HDR"] and errors[0] < worst < 15 < errors[1]
 
 
