@@ -2014,10 +2014,9 @@ def precompute_prompts(args: Namespace, accelerator: Accelerator, prompts: list[
     device = accelerator.device
     content = {
         "max_sequence_length": num_tokens, "dtype": str(dtype),
-        "encoder": model_identity(args, "text_encoder", "tokenizer"),
+        "encoder": in_first(model_identity, args, "text_encoder", "tokenizer"),
     }
     paths = {prompt: item_path(folder, "prompts", prompt=prompt, **content) for prompt in prompts}
-    paths = gather(paths)[0]
     files = {prompt: (path,) for prompt, path in paths.items()}
     new = in_first(find_new, folder / "prompts", "prompt_embeds", files)
     own = new[accelerator.process_index :: accelerator.num_processes]
@@ -2082,14 +2081,13 @@ def precompute_videos(
     tiling = args.enable_tiling or is_in_tiles
     content = {
         "made_for": KIND, "settings": dataset.settings, "dtype": str(dtype), "reader": READER_FORMAT,
-        "encoder": model_identity(args, "vae") | {"tiling": tiling},
+        "encoder": in_first(model_identity, args, "vae") | {"tiling": tiling},
     }
     flips = (False, True) if args.random_flip else (False,)
     paths = []
-    for record in dataset.records:
-        content["source"] = record.content_hash()
+    for source in in_first(content_hashes, dataset.records):
+        content["source"] = source
         paths.append(tuple(item_path(folder, "videos", flip=flip, **content) for flip in flips))
-    paths = gather(paths)[0]
     new = in_first(find_new, folder / "videos", "moments", dict(enumerate(paths)))
     own = new[accelerator.process_index :: accelerator.num_processes]
     if own:
@@ -2214,6 +2212,11 @@ def decode_clips(connection, dataset: VideoDataset, dtype: torch.dtype) -> None:
             text = re.sub(r"^(\[[\d:]+\] \S+: )*(Check failed: .*? vs\. .*?\) ?)?", "", text.splitlines()[-1])
             answer = re.sub(r"-?\d{9,}", "invalid data", text) or "its data is invalid"
         connection.send(answer)
+
+
+def content_hashes(records: list[VideoRecord]) -> list[str]:
+    """Return the hash of each clip's content."""
+    return [record.content_hash() for record in records]
 
 
 def model_identity(args: Namespace, *subfolders: str) -> dict:
