@@ -1933,16 +1933,12 @@ def open_picture(source: str | io.BytesIO) -> Clip:
         image = Image.open(source)
     except UnidentifiedImageError as error:
         raise ValueError(what_it_is(source)) from error
-    first = 0
-    end = 1
-    notes = []
-    if image.format in ("WEBP", "PNG", "AVIF") and image.is_animated:
-        if image.info.get("default_image"):
-            first = 1  # the default one is for those who cannot show the others
-        end = image.n_frames
-        notes.append("animated picture")
+    if image.format not in ("WEBP", "PNG", "AVIF") or not image.is_animated:
+        frames = np.asarray(upright_rgb(image))[None]  # [1, H0, W0, C]
+        return Clip([0.0, 1.0], frames.shape[1:3], lambda indices: frames[indices], [])
+    first = 1 if image.info.get("default_image") else 0  # it is for those who cannot show the animation
     times = [0.0]
-    for index in range(first, end):
+    for index in range(first, image.n_frames):
         image.seek(index)
         image.load()
         times.append(times[-1] + (image.info.get("duration") or 100) / 1000)
@@ -1955,7 +1951,7 @@ def open_picture(source: str | io.BytesIO) -> Clip:
                 frames[index] = np.asarray(upright_rgb(image))
         return np.stack([frames[index] for index in indices])
 
-    return Clip(times, read([0]).shape[1:3], read, notes)
+    return Clip(times, read([0]).shape[1:3], read, ["animated picture"])
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -1994,8 +1990,10 @@ def content_hash(source: str | io.BytesIO) -> str:
 
 def start_and_end(source: str | io.BytesIO) -> tuple[int, bytes, bytes]:
     """Return the size of a file, or of bytes in memory, with its first MiB and its last one."""
-    file = source if isinstance(source, io.BytesIO) else open(source, "rb")
-    with file:
+    if isinstance(source, io.BytesIO):
+        data = source.getvalue()
+        return len(data), data[: 2**20], data[-(2**20) :]
+    with open(source, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         start = file.read(2**20)
