@@ -2326,8 +2326,12 @@ def get_optimizer(args: Namespace, params_to_optimize, use_deepspeed: bool = Fal
     if use_deepspeed:
         from accelerate.utils.deepspeed import DummyOptim
         return DummyOptim(params_to_optimize, lr=args.learning_rate)
-    common = {"lr": args.learning_rate, "eps": args.adam_epsilon, "weight_decay": args.adam_weight_decay}
-    common["betas"] = (args.adam_beta1, args.adam_beta2)
+    common = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.adam_weight_decay,
+    }
     if args.optimizer == "prodigy":
         from prodigyopt import Prodigy
         if args.use_8bit_adam:
@@ -2353,12 +2357,13 @@ def prepare(args: Namespace, accelerator: Accelerator, transformer: torch.nn.Mod
     defined = plugin.deepspeed_config if plugin is not None else {}
     if defined:
         from accelerate.utils.deepspeed import DummyScheduler
-    clips_a_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    learning_rate = args.learning_rate * (clips_a_step if args.scale_lr else 1)
-    groups = [{"params": list(lora_parameters(transformer).values()), "lr": learning_rate}]
+    learning_rate = args.learning_rate
+    if args.scale_lr:  # by the clips of an optimizer step
+        learning_rate *= args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    group = {"params": list(lora_parameters(transformer).values()), "lr": learning_rate}
     if accelerator.device.type == "cuda" and not args.use_8bit_adam and args.optimizer != "prodigy":
-        groups[0]["fused"] = True  # in the group: a fused optimizer would hide the steps that fp16 skips
-    optimizer = get_optimizer(args, groups, use_deepspeed="optimizer" in defined)
+        group["fused"] = True  # in the group: a fused optimizer would hide the steps that fp16 skips
+    optimizer = get_optimizer(args, [group], use_deepspeed="optimizer" in defined)
     make_schedule = functools.partial(
         get_scheduler, args.lr_scheduler, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps,
         num_cycles=args.lr_num_cycles, power=args.lr_power,
@@ -2409,11 +2414,13 @@ class Run:
     def __post_init__(self):
         self.stop = StopSignal()
         self.base = self.accelerator.unwrap_model(self.transformer)  # the transformer without the engine's wrapper
-        weights = sum(parameter.nbytes for parameter in self.base.parameters())
-        states = 2 * sum(parameter.nbytes for parameter in lora_parameters(self.base).values())  # the optimizer's
-        pixels = self.args.height * self.args.width
-        decoding = pixels * DECODED_PIXEL * DTYPES[self.accelerator.mixed_precision].itemsize
-        self.is_decoded_in_tiles = needs_tiles(self.args, self.accelerator, weights + states + decoding)
+        args = self.args
+        num_bytes = sum(parameter.nbytes for parameter in self.base.parameters())
+        for parameter in lora_parameters(self.base).values():
+            num_bytes += 2 * parameter.nbytes  # the optimizer's states
+        # What the VAE takes to decode whole frames.
+        num_bytes += args.height * args.width * DECODED_PIXEL * DTYPES[self.accelerator.mixed_precision].itemsize
+        self.is_decoded_in_tiles = needs_tiles(args, self.accelerator, num_bytes)
 
 
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------
@@ -2445,7 +2452,7 @@ def save_checkpoint(run: Run) -> None:
             }
             (partial / STATE_FILE).write_text(json.dumps(content, indent=1))
             for path in (*partial.rglob("*"), partial):
-                flush(path)
+                flush(path)  # the content is on the disk before the final name is
             os.replace(partial, folder)
             flush(folder.parent)
             logger.info(f"Saved {folder}")
@@ -2459,16 +2466,21 @@ def save_checkpoint(run: Run) -> None:
 
 def remove_checkpoint(folder: Path) -> None:
     """Remove a checkpoint. Its name goes first, so that a kill leaves no part of it under this name."""
-    shutil.rmtree(partial_name(folder), ignore_errors=True)
+    partial = partial_name(folder)
+    shutil.rmtree(partial, ignore_errors=True)
     if folder.exists():
-        os.replace(folder, partial_name(folder))
-        shutil.rmtree(partial_name(folder), ignore_errors=True)
+        os.replace(folder, partial)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Return the complete checkpoints of a run, the oldest first."""
-    states = {folder: read_training_state(folder) for folder in output_dir.glob("checkpoint-*")}
-    return sorted(filter(states.get, states), key=lambda folder: states[folder]["saved_at"])
+    saved_at = {}
+    for folder in output_dir.glob("checkpoint-*"):
+        content = read_training_state(folder)
+        if content:
+            saved_at[folder] = content["saved_at"]
+    return sorted(saved_at, key=saved_at.get)
 
 
 def find_checkpoint(args: Namespace, settings: dict) -> Path | None:
@@ -2489,7 +2501,10 @@ def find_checkpoint(args: Namespace, settings: dict) -> Path | None:
         if not content:
             continue
         sizes = file_sizes(folder)
-        damaged = [name for name, size in content["sizes"].items() if sizes.get(name) != size]
+        damaged = []
+        for name, saved_size in content["sizes"].items():
+            if sizes.get(name) != saved_size:
+                damaged.append(name)
         if damaged:
             logger.warning(f"{folder} is damaged and passed over: {', '.join(damaged)}")
             continue
@@ -2501,10 +2516,10 @@ def find_checkpoint(args: Namespace, settings: dict) -> Path | None:
     found = list(output_dir.glob(LORA_FILE))
     if not wanted:
         found += [*output_dir.glob("metrics.jsonl"), *sorted(output_dir.glob("checkpoint-*"))]
-    names = ", ".join(path.name for path in found if path.stat().st_size)
-    if names:
+    nonempty = [path.name for path in found if path.stat().st_size]
+    if nonempty:
         ways = "resume it with --resume_from_checkpoint latest, or give another --output_dir"
-        raise RunError(f"--output_dir {output_dir} has a run already ({names}): {ways}")
+        raise RunError(f"--output_dir {output_dir} has a run already ({', '.join(nonempty)}): {ways}")
     if wanted:
         logger.info(f"--resume_from_checkpoint latest: {output_dir} has no checkpoint, so this is a fresh start")
     return None
@@ -2552,27 +2567,41 @@ def file_sizes(folder: Path) -> dict[str, int]:
 
 def make_output_folders(args: Namespace, checkpoint: Path | None, settings: dict) -> None:
     """Make the folders that the run writes to, and run.json: what it was started with. Remove what an earlier run left
-    half-written there, and the lines of metrics.jsonl after the `checkpoint` that is resumed. Raises
-    RunError."""
+    half-written there, and the lines of metrics.jsonl after the `checkpoint` that is resumed. Raises RunError."""
     output_dir = Path(args.output_dir)
     metrics = output_dir / "metrics.jsonl"
     with explain("--output_dir or --precompute_dir cannot be written", OSError):
         for folder in (output_dir / args.logging_dir, precompute_folder(args)):
             folder.mkdir(parents=True, exist_ok=True)
         for partial in output_dir.glob(".*.partial"):
-            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
-        lines = metrics.read_text().splitlines() if checkpoint and metrics.exists() else []
-        rows = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
-        kept = [row for row in rows if row["step"] <= read_training_state(checkpoint)["state"]["step"]]
-        metrics.write_text("".join(f"{json.dumps(row)}\n" for row in kept))
-        shown = {"kind": KIND, "command": shlex.join(sys.argv), "args": vars(args) | {"hub_token": None}}
-        (output_dir / "run.json").write_text(json.dumps(shown | {"settings": settings}, indent=1))
+            if partial.is_dir():
+                shutil.rmtree(partial)
+            else:
+                partial.unlink()
+        kept = ""
+        if checkpoint and metrics.exists():
+            last_step = read_training_state(checkpoint)["state"]["step"]
+            for line in metrics.read_text().splitlines():
+                if line.startswith("{") and line.endswith("}"):  # a kill may have cut a line short
+                    row = json.loads(line)
+                    if row["step"] <= last_step:
+                        kept += f"{json.dumps(row)}\n"
+        metrics.write_text(kept)
+        started_with = {
+            "kind": KIND,
+            "command": shlex.join(sys.argv),
+            "args": vars(args) | {"hub_token": None},
+            "settings": settings,
+        }
+        (output_dir / "run.json").write_text(json.dumps(started_with, indent=1))
 
 
 def resume(run: Run, folder: Path) -> None:
-    """Load what `save_checkpoint` wrote, each process its random generators, and where the run was. Collective."""
-    accelerator, content = run.accelerator, read_training_state(folder)
-    saved, settings = content["settings"], run.settings
+    """Load what `save_checkpoint` wrote, with the random generators of each process, and continue at that place in the
+    data. Collective."""
+    accelerator = run.accelerator
+    content = read_training_state(folder)
+    saved = content["settings"]
     for name in RUN_STATE:
         setattr(run, name, content["state"].get(name, getattr(run, name)))  # older checkpoints do not have all
     # A process without generators in the checkpoint must not draw the run's first noise again.
@@ -2581,22 +2610,25 @@ def resume(run: Run, folder: Path) -> None:
         load_lora(run.base, folder / LORA_FILE)
     accelerator.load_state(str(folder), load_module_strict=False)  # the frozen base is not in it
     clips = run.batch * saved["train_batch_size"] * saved["num_processes"]  # taken of this epoch
-    run.batch = clips // (settings["train_batch_size"] * settings["num_processes"])
+    run.batch = clips // (run.settings["train_batch_size"] * run.settings["num_processes"])
     logger.info(f"Resumed {folder}: step {run.step}, epoch {run.epoch + 1}, batch {run.batch} of it")
 
 
 def save_after_error(run: Run, batch: int, random_state: Tensor, cuda_states: list) -> None:
-    """After an error in a forward or backward pass, write a checkpoint of the last complete step, which began at
-    `batch`. Only a single process does: of several, others may be lost."""
+    """Write a checkpoint of the last complete step after an error in a forward or backward pass. The failed step began
+    at `batch`, with these states of the random generators. Only a single process does: of several, others may be
+    lost."""
     if run.accelerator.num_processes == 1 and run.step and not run.is_updating:  # else the LoRA may be half changed
         torch.set_rng_state(random_state)
         torch.cuda.set_rng_state_all(cuda_states)
-        run.batch, run.accelerator.step = batch, 0  # the micro-batches of the failed step will be taken again
+        run.batch = batch  # the micro-batches of the failed step will be taken again
+        run.accelerator.step = 0
         save_checkpoint(run)
         logger.error(RESUME_HINT)
 
 
 def not_finite(run: Run, what: str) -> RunError:
+    """Return the error for values that are not finite, with the checkpoint to go back to and flags to try."""
     checkpoints = list_checkpoints(Path(run.args.output_dir))
     newest = checkpoints[-1] if checkpoints else "none"
     saved = f"Nothing of this step was saved; the last checkpoint is {newest}"
@@ -2608,9 +2640,9 @@ def not_finite(run: Run, what: str) -> RunError:
 
 
 def run_validation(run: Run, is_final: bool = False) -> list[tuple[str, Path]]:
-    """Sample the validation prompts with the LoRA as it is, each process some of them. Return each video with its
-    prompt. The prompts were encoded at the start, so the text encoder is not loaded. A failure (out of memory, a full
-    disk) is logged, and training continues. A signal to stop ends the sampling."""
+    """Sample the validation prompts with the LoRA as it is, and return each video with its prompt. Each process takes
+    some of the prompts. They were encoded at the start, so the text encoder is not loaded. A failure (out of memory, a
+    full disk) is logged, and training continues. A signal to stop ends the sampling."""
     args = run.args
     accelerator = run.accelerator
     inputs = validation_inputs(args)
@@ -2636,7 +2668,7 @@ def run_validation(run: Run, is_final: bool = False) -> list[tuple[str, Path]]:
                 log_validation(pipe, args, accelerator, pipeline_args, run.epoch, is_final, files)
                 logger.info(f"Sampled prompt {index + 1} of {len(inputs)} at step {run.step}")
                 sampled.append(index)
-        pipe = vae = None
+        pipe = vae = None  # so that the memory can be freed
     run.base.train()
     clear_device_cache(garbage_collection=True)  # also after held-out clips
     videos = []
@@ -2665,8 +2697,9 @@ def log_validation(
         path.parent.mkdir(parents=True, exist_ok=True)
         video = pipe(**pipeline_args, generator=generator, output_type="np").frames[0]  # [>=F, H, W, C]
         # Of an even number of latent frames the VAE makes four frames of the first one too: the last F are the video.
-        videos.append(video[-pipeline_args.get("num_frames", 0) :])  # [F, H, W, C]
-        export_to_video(list(videos[-1]), str(path), fps=args.fps)
+        video = video[-pipeline_args.get("num_frames", 0) :]  # [F, H, W, C]
+        export_to_video(list(video), str(path), fps=args.fps)
+        videos.append(video)
     if files is None and accelerator.is_main_process:
         send_videos(accelerator, paths, pipeline_args.get("prompt"), epoch)
     return videos
@@ -2674,13 +2707,20 @@ def log_validation(
 
 def sampling_settings(args: Namespace) -> dict:
     """Return what all validation videos have in common, by the pipeline's names."""
-    names = ("height", "width", "num_inference_steps", "guidance_scale", "use_dynamic_cfg")
-    return {"num_frames": frames_4k_plus_1(args.max_num_frames)} | {name: getattr(args, name) for name in names}
+    return {
+        "num_frames": frames_4k_plus_1(args.max_num_frames),
+        "height": args.height,
+        "width": args.width,
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
+        "use_dynamic_cfg": args.use_dynamic_cfg,
+    }
 
 
 def validation_files(args: Namespace, step: int, is_final: bool, prompt: int) -> list[Path]:
     """Return the files to which the --num_validation_videos of one prompt are written."""
-    stem = f"{'test' if is_final else 'validation'}_step-{step:06d}_prompt-{prompt}"
+    kind = "test" if is_final else "validation"
+    stem = f"{kind}_step-{step:06d}_prompt-{prompt}"
     return [Path(args.output_dir, "validation", f"{stem}_video-{i}.mp4") for i in range(args.num_validation_videos)]
 
 
@@ -2701,19 +2741,23 @@ def log_held_out_loss(run: Run) -> None:
     timesteps = torch.linspace(0, run.noise_scheduler.config.num_train_timesteps - 1, 10).long().to(accelerator.device)
     with attempt("The loss of the held-out clips"):
         for index in run.latents.held_out[accelerator.process_index :: accelerator.num_processes]:
-            item = run.latents[index, False, False]
+            item = run.latents[index, False, False]  # not flipped, and with its caption
             batch = {name: tensor[None].to(accelerator.device) for name, tensor in item.items()}
             with torch.random.fork_rng(range(torch.cuda.device_count())):
                 torch.manual_seed(index)
                 latents, conditions = prepare_batch(batch, run.base.config, run.vae_config, args)
-                given = (run.base, run.noise_scheduler, latents, conditions, None)
-                losses[index] = sum(diffusion_loss(*given, timestep).item() for timestep in timesteps.split(1))
-    for of_one_process in gather(losses):
-        losses |= of_one_process
+                clip_losses = []
+                for timestep in timesteps.split(1):  # [1]
+                    loss = diffusion_loss(run.base, run.noise_scheduler, latents, conditions, None, timestep)
+                    clip_losses.append(loss.item())
+                losses[index] = sum(clip_losses)
+    for losses_of_process in gather(losses):
+        losses |= losses_of_process
     if len(losses) == len(run.latents.held_out):  # a mean of other clips could not be compared
-        mean = {"validation/loss": sum(losses.values()) / len(losses) / len(timesteps)}
-        log_metrics(run, mean, mean)
-        logger.info(f"Loss of {len(losses)} held-out clips at step {run.step}: {mean['validation/loss']:.4f}")
+        mean = sum(losses.values()) / len(losses) / len(timesteps)
+        metrics = {"validation/loss": mean}
+        log_metrics(run, metrics, metrics)
+        logger.info(f"Loss of {len(losses)} held-out clips at step {run.step}: {mean:.4f}")
 
 
 def start_trackers(args: Namespace, accelerator: Accelerator) -> None:
@@ -2722,9 +2766,9 @@ def start_trackers(args: Namespace, accelerator: Accelerator) -> None:
     for name, value in vars(args).items():
         if name != "hub_token":
             config[name] = value if isinstance(value, (bool, int, float, str)) else str(value)
-    folder = {"wandb": {"dir": accelerator.logging_dir}}
+    init_kwargs = {"wandb": {"dir": accelerator.logging_dir}}
     with explain(f"--report_to {args.report_to}"):
-        accelerator.init_trackers(args.tracker_name or DEFAULT_OUTPUT_DIR, config, folder)
+        accelerator.init_trackers(args.tracker_name or DEFAULT_OUTPUT_DIR, config, init_kwargs)
 
 
 def log_metrics(run: Run, metrics: dict, scalars: dict) -> None:
@@ -2739,7 +2783,7 @@ def log_metrics(run: Run, metrics: dict, scalars: dict) -> None:
 def send_videos(accelerator: Accelerator, files: list[Path], caption: str, step: int) -> None:
     """Show written videos in the trackers. The name of a prompt's video is the same at each validation."""
     for tracker, file in itertools.product(accelerator.trackers, files):
-        name = f"validation/{file.stem.split('_', 2)[-1]}"
+        name = f"validation/{file.stem.split('_', 2)[-1]}"  # prompt-0_video-0, without the step
         with attempt("Showing videos in the trackers"):
             if tracker.name == "wandb":
                 import wandb
@@ -2748,7 +2792,7 @@ def send_videos(accelerator: Accelerator, files: list[Path], caption: str, step:
                 tracker.tracker.log_video(str(file), name=name, step=step)
             elif tracker.name == "tensorboard":  # as a grid of frames: its videos need moviepy
                 clip = open_clip(VideoRecord("", str(file)))
-                frames = clip.read(list(range(len(clip.times) - 1)))  # [F, H, W, C]
+                frames = clip.read(list(range(len(clip.times) - 1)))  # [F, H, W, C]; the last time is the end
                 tracker.log_images({name: frames}, step=step, dataformats="NHWC")
 
 
