@@ -75,7 +75,7 @@ import time
 import warnings
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -118,8 +118,17 @@ SETTINGS = (  # kept in a checkpoint and shown in the card
 # ---- Command line ---------------------------------------------------------------------------------------------------
 
 
+def add_flag(group, name: str, **options) -> None:
+    """Add a flag to a group of --help. Its default stands in its help; N is a number there, and X a text."""
+    if options.get("default") is not None:
+        options["help"] += " (default: %(default)s)"
+    if not options.keys() & {"action", "choices", "metavar"}:
+        options["metavar"] = "N" if "type" in options else "X"
+    group.add_argument(name, **options)
+
+
 def add_data_args(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("model").add_argument
+    add = functools.partial(add_flag, parser.add_argument_group("model"))
     add("--pretrained_model_name_or_path", help="Hub id or local folder of a CogVideoX; required")
     add("--revision", help="Hub revision of the model")
     add("--variant", help="weight file variant, such as fp16")
@@ -146,7 +155,7 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     add("--compile", action="store_true", help="compile the transformer's blocks: a slow first step, then faster ones")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and newer")
 
-    add = parser.add_argument_group("data").add_argument
+    add = functools.partial(add_flag, parser.add_argument_group("data"))
     add("--dataset_name", help="Hub data set, local folder, or .csv/.json/.jsonl/.parquet file")
     add("--dataset_config_name", help="configuration of --dataset_name")
     add("--instance_data_root", help="folder of the clips and of the two line files")
@@ -176,7 +185,7 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
 
 
 def add_validation_args(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("validation").add_argument
+    add = functools.partial(add_flag, parser.add_argument_group("validation"))
     add("--validation_prompt", help="one or more prompts, joined by the separator")
     add("--validation_prompt_separator", default=":::", help="between prompts")
     add("--num_validation_videos", type=whole_from_1, default=1, help="videos a prompt")
@@ -191,7 +200,7 @@ def add_validation_args(parser: argparse.ArgumentParser) -> None:
 
 
 def add_training_args(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("training").add_argument
+    add = functools.partial(add_flag, parser.add_argument_group("training"))
     add("--seed", type=seed_number, help="makes the run repeatable")
     add("--train_batch_size", type=whole_from_1, default=4, help="clips a process and micro-batch")
     add("--num_train_epochs", type=whole_from_1, default=1, help="times that each clip is trained on")
@@ -202,7 +211,7 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     add("--resume_from_checkpoint", help='"latest", or a checkpoint')
     add("--nccl_timeout", type=whole_from_1, default=600, help="seconds that a collective of a training step may take")
 
-    add = parser.add_argument_group("optimizer").add_argument
+    add = functools.partial(add_flag, parser.add_argument_group("optimizer"))
     optimizers = ["adam", "adamw", "prodigy"]
     add("--optimizer", type=str.lower, choices=optimizers, default="adam", help="what changes the LoRA's weights")
     add("--use_8bit_adam", action="store_true", help="8-bit states of bitsandbytes, for adam and adamw")
@@ -223,7 +232,7 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     add("--prodigy_use_bias_correction", action="store_true", help="Adam's correction of its first steps")
     add("--prodigy_safeguard_warmup", action="store_true", help="keep the warm-up out of its estimate")
 
-    add = parser.add_argument_group("output").add_argument
+    add = functools.partial(add_flag, parser.add_argument_group("output"))
     add("--output_dir", default=DEFAULT_OUTPUT_DIR, help="for the LoRA, its card, checkpoints and videos")
     add("--logging_dir", default="logs", help="for the trackers' files, under the output dir")
     add("--report_to", choices=["tensorboard", "wandb", "comet_ml", "all"], help="default: no tracker")
@@ -238,42 +247,63 @@ def get_args(argv: list[str] | None = None) -> Namespace:
     """Parse `argv`, or the process's command line. The token is blanked in `sys.argv`, which trackers record."""
     usage = "%(prog)s --pretrained_model_name_or_path X --instance_data_root X [flags as below]"
     about = __doc__.split("The objective")[0]
-    parser = OneMessageParser(usage=usage, description=about, formatter_class=FlagHelp)
-    for add_group in (add_data_args, add_validation_args, add_training_args):
-        add_group(parser)
-    args, unknown = parser.parse_known_args(argv)
+    parser = OneMessageParser(usage=usage, description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_args(parser)
+    add_validation_args(parser)
+    add_training_args(parser)
+    # argparse sets no default where the namespace has a value: None tells that the flag was not given.
+    lora = {"rank": None, "lora_alpha": None, "lora_target_modules": None, "lora_blocks": None}
+    args, unknown = parser.parse_known_args(argv, Namespace(**lora))
+    problems = []
     if unknown:
-        nearest = [difflib.get_close_matches(word, parser._option_string_actions, 1) for word in unknown]
-        hint = f" (did you mean {' '.join(sum(nearest, []))}?)" if any(nearest) else ""
-        parser.problems.append(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        flags = [f"--{name}" for name in vars(args)]
+        nearest = []
+        for word in unknown:
+            nearest += difflib.get_close_matches(word, flags, 1)
+        hint = f" (did you mean {' '.join(nearest)}?)" if nearest else ""
+        problems.append(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if args.pretrained_model_name_or_path is None:
-        parser.problems.append("--pretrained_model_name_or_path is missing")
-    own = {"rank": args.rank, "lora_alpha": args.lora_alpha, "lora_blocks": args.lora_blocks}
-    own["lora_target_modules"] = layer_names(args.lora_target_modules or LORA_TARGETS)
-    try:
-        lora = open_lora(args.init_lora)[1] if args.init_lora else own
-    except RunError as error:
-        parser.error(str(error))
-    for name in parser.given & own.keys():
-        if own[name] != lora[name]:
-            parser.problems.append(f"--{name} is {own[name]}, but {lora[name]} in --init_lora {args.init_lora}")
-    if parser.problems:
-        parser.error(parser.problems.pop())
+        problems.append("--pretrained_model_name_or_path is missing")
+    if args.lora_target_modules is not None:
+        args.lora_target_modules = layer_names(args.lora_target_modules)
+    lora["rank"] = parser.get_default("rank")
+    lora["lora_alpha"] = parser.get_default("lora_alpha")
+    lora["lora_target_modules"] = LORA_TARGETS
+    if args.init_lora:
+        try:
+            _, lora = open_lora(args.init_lora)
+        except RunError as error:
+            problems.append(str(error))
+    for name, value in lora.items():
+        given = getattr(args, name)
+        if given is None:
+            setattr(args, name, value)
+        elif given != value and args.init_lora:
+            problems.append(f"--{name} is {given}, but {value} in --init_lora {args.init_lora}")
+    if problems:
+        parser.error(listing(problems))
     if argv is None and args.hub_token:
         sys.argv = [word.replace(args.hub_token, "***") for word in sys.argv]
-    return Namespace(**vars(args) | lora)
+    return args
 
 
 def check_args(args: Namespace) -> None:
     """Check what several flags together say. Raises RunError with every problem found."""
-    needs = {
-        "bitsandbytes": (args.use_8bit_adam and "--use_8bit_adam") or (args.quantize_base and "--quantize_base nf4"),
-        "prodigyopt": args.optimizer == "prodigy" and "--optimizer prodigy",
-        "datasets": args.dataset_name and "--dataset_name",
-        args.report_to: args.report_to not in (None, "all") and f"--report_to {args.report_to}",
-    }
-    missing = [(flag, package) for package, flag in needs.items() if flag and not importlib.util.find_spec(package)]
-    problems = [f"{flag} needs {package}: pip install {package}" for flag, package in missing]
+    needed = []  # flags and the packages that they need
+    if args.use_8bit_adam:
+        needed.append(("--use_8bit_adam", "bitsandbytes"))
+    if args.quantize_base:
+        needed.append((f"--quantize_base {args.quantize_base}", "bitsandbytes"))
+    if args.optimizer == "prodigy":
+        needed.append(("--optimizer prodigy", "prodigyopt"))
+    if args.dataset_name:
+        needed.append(("--dataset_name", "datasets"))
+    if args.report_to not in (None, "all"):
+        needed.append((f"--report_to {args.report_to}", args.report_to))
+    problems = []
+    for flag, package in needed:
+        if importlib.util.find_spec(package) is None:
+            problems.append(f"{flag} needs {package}: pip install {package}")
     if args.dataset_name is None and args.instance_data_root is None:
         problems.append("no data: give --instance_data_root (a folder of clips and captions) or --dataset_name")
     elif args.instance_data_root is not None and not Path(args.instance_data_root).is_dir():
@@ -283,23 +313,27 @@ def check_args(args: Namespace) -> None:
         problems.append("--checkpoint_policy, --offload_activations and --offload_base need --gradient_checkpointing")
     if args.offload_base and (args.quantize_base or args.compile):
         problems.append("--offload_base does not work with --quantize_base or --compile")
-    try:
-        validation_inputs(args)
-    except (RunError, ValueError) as error:  # ValueError: of str.split
-        problems.append(str(error).replace("empty separator", "--validation_prompt_separator must not be empty"))
+    if args.validation_prompt and not args.validation_prompt_separator:
+        problems.append("--validation_prompt_separator must not be empty")
+    else:
+        try:
+            validation_inputs(args)
+        except RunError as error:
+            problems.append(str(error))
     if problems:
         raise RunError(f"these flags cannot work:\n{listing(problems)}")
 
 
 def validation_inputs(args: Namespace) -> list[dict]:  # I2V:
-    """What each validation video is sampled from: its prompt, and its start image at H x W, cropped as a clip is; the
-    pipeline would squeeze it. Raises RunError."""
+    """Return what each validation video is sampled from: its prompt, and its start image at H x W. The image is
+    cropped as a clip is; the pipeline would squeeze it. Raises RunError."""
     prompts = args.validation_prompt.split(args.validation_prompt_separator) if args.validation_prompt else []
     paths = args.validation_images.split(args.validation_prompt_separator) if args.validation_images else []
     if len(prompts) != len(paths):
         counts = f"{len(prompts)} in --validation_prompt, {len(paths)} in --validation_images"
         raise RunError(f"every validation prompt needs its start image: there are {counts}")
-    inputs, problems = [], []
+    inputs = []
+    problems = []
     for prompt, path in zip(prompts, paths, strict=True):
         try:
             image = open_image(path)
@@ -315,17 +349,21 @@ def validation_inputs(args: Namespace) -> list[dict]:  # I2V:
 
 @functools.cache
 def open_image(path: str) -> Image.Image:  # I2V:
-    """The image at a path or URL, in RGB. It is kept: what was opened at the start is what is sampled from later."""
+    """Return the image at a path or URL, in RGB. It is kept, and sampled from later, even if the file changes."""
     return load_image(path, convert_method=upright_rgb)
 
 
 def memory_flags(args: Namespace) -> list[tuple[str, object]]:
     """Return the flags that save device memory in training and are not in `args`, with values; the cheapest first."""
-    flags = [("train_batch_size", 1), ("gradient_checkpointing", True), ("checkpoint_policy", "full")]
-    flags += [("offload_base", True), ("offload_activations", True), ("use_8bit_adam", True)]
+    flags = [
+        ("train_batch_size", 1), ("gradient_checkpointing", True), ("checkpoint_policy", "full"),
+        ("offload_base", True), ("offload_activations", True), ("use_8bit_adam", True),
+    ]
     if not args.offload_base:
-        flags += [("quantize_base", "nf4")]  # in place of it, where the host has little memory
-    flags += [("rank", rank) for rank in (64, 16) if rank < args.rank]
+        flags.append(("quantize_base", "nf4"))  # in place of it, where the host has little memory
+    for rank in (64, 16):
+        if rank < args.rank:
+            flags.append(("rank", rank))
     return [(name, value) for name, value in flags if getattr(args, name) != value]
 
 
@@ -336,28 +374,39 @@ def precompute_folder(args: Namespace) -> Path:
 
 @functools.cache
 def open_lora(source: str) -> tuple[Path, dict]:
-    """The file of an existing LoRA, and its rank, alpha, layers and blocks by the flags' names. Without metadata, it
-    is one of strength 1 for all blocks. Raises RunError."""
+    """Return the file of an existing LoRA, and its rank, alpha, layers and blocks by the flags' names. Without
+    metadata, it is one of strength 1 for all blocks. Raises RunError."""
     path = Path(source, LORA_FILE) if Path(source).is_dir() else Path(source)
     with explain(f"--init_lora {source} is no LoRA in diffusers' format: a file, a folder or a Hub id"):
         if not path.is_file():
             from huggingface_hub import hf_hub_download  # an import of half a second
             path = Path(hf_hub_download(source, LORA_FILE))
+        ranks = set()
+        layers = set()
+        numbers = set()  # of blocks
         with safe_open(path, framework="pt") as file:
-            config = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-            ranks = {name: file.get_slice(name).get_shape()[0] for name in file.keys() if "lora_A.weight" in name}
-        rank = max(ranks.values())
-    numbers = [int(number) for name in ranks for number in re.findall(r"transformer_blocks\.(\d+)\.", name)]
-    blocks = f"{min(numbers)}-{max(numbers)}" if config.get("transformer.layers_to_transform") else None
-    layers = {re.sub(r"^.*transformer_blocks\.\d+\.(attn1\.)?|\.lora_A\.weight$", "", name) for name in ranks}
+            metadata = file.metadata() or {}
+            for name in file.keys():
+                if name.endswith(".lora_A.weight"):
+                    layer = name.removesuffix(".lora_A.weight")
+                    ranks.add(file.get_slice(name).get_shape()[0])
+                    layers.add(re.sub(r"^.*transformer_blocks\.\d+\.(attn1\.)?", "", layer))
+                    numbers.update(map(int, re.findall(r"transformer_blocks\.(\d+)\.", layer)))
+        config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        rank = max(ranks)
+    blocks = None
+    if config.get("transformer.layers_to_transform"):
+        blocks = f"{min(numbers)}-{max(numbers)}"
     alpha = config.get("transformer.lora_alpha", rank)
-    lora = {"rank": rank, "lora_alpha": alpha, "lora_target_modules": layer_names(layers), "lora_blocks": blocks}
-    return path, lora
+    return path, {
+        "rank": rank, "lora_alpha": alpha, "lora_target_modules": layer_names(layers), "lora_blocks": blocks
+    }
 
 
-def layer_names(names) -> list[str]:
-    """`names` of layers in an order that is the same in all runs; peft keeps them as a set."""
-    return [name for name in LORA_TARGETS if name in names] + sorted(set(names) - set(LORA_TARGETS))
+def layer_names(names: Iterable[str]) -> list[str]:
+    """Return names of layers in an order that is the same in all runs, so that they can be compared."""
+    usual = [name for name in LORA_TARGETS if name in names]
+    return usual + sorted(set(names) - set(LORA_TARGETS))
 
 
 def flag_value(kind: type, limits: str, is_valid: Callable, text: str) -> float:
@@ -411,36 +460,12 @@ from_0_to_1 = functools.partial(flag_value, float, "from 0 to 1", lambda value: 
 seed_number = functools.partial(flag_value, int, f"from 0 to {2**31 - 1}", lambda value: 0 <= value < 2**31)
 
 
-class FlagHelp(argparse.RawDescriptionHelpFormatter):
-    """--help with defaults, and one letter for values that are not chosen from a list."""
-
-    def _get_help_string(self, action):
-        has_default = action.nargs != 0 and action.default is not None
-        return f"{action.help} (default: %(default)s)" if has_default else action.help
-
-    def _get_default_metavar_for_optional(self, action):
-        return "N" if action.type else "X"
-
-
 class OneMessageParser(argparse.ArgumentParser):
-    """Reports all wrong values in one message. argparse would report the first, after the usage of all flags. Notes
-    which flags are given."""
-
-    def __init__(self, **keywords):
-        super().__init__(**keywords)
-        self.problems, self.given = [], set()
-
-    def _get_values(self, action, arg_strings):
-        self.given.add(action.dest)
-        try:
-            return super()._get_values(action, arg_strings)
-        except argparse.ArgumentError as error:
-            self.problems.append(f"{action.option_strings[0]} {error.message}")
-            return action.default
+    """A parser whose errors are one message each, without the usage of all flags."""
 
     def error(self, message: str):
-        problems = listing([*self.problems, message])
-        self.exit(2, f"{self.prog}: error: this command line cannot work (--help lists all flags):\n{problems}\n")
+        problem = re.sub(r"^argument (\S+):", r"  - \1", message)
+        self.exit(2, f"{self.prog}: error: this command line cannot work (--help lists all flags):\n{problem}\n")
 
 
 class RunError(Exception):
@@ -456,7 +481,7 @@ class RunError(Exception):
 
 @contextlib.contextmanager
 def explain(problem: str, kinds=Exception, exit_code: int = 2, advice: str = "") -> Iterator[None]:
-    """An error of these `kinds` ends the run with one message: the `problem`, what the error says, and `advice`."""
+    """End the run with one message for an error of these `kinds`: the `problem`, what the error says, and `advice`."""
     try:
         yield
     except kinds as error:
@@ -464,9 +489,11 @@ def explain(problem: str, kinds=Exception, exit_code: int = 2, advice: str = "")
 
 
 def listing(items: list[str], limit: int = 20) -> str:
-    """`items` on a line each. Those beyond `limit` are counted."""
+    """Return `items` on a line each. Those beyond `limit` are counted."""
     lines = [f"  - {item}" for item in items[:limit]]
-    return "\n".join(lines + ([f"  … and {len(items) - limit} more"] if len(items) > limit else []))
+    if len(items) > limit:
+        lines.append(f"  … and {len(items) - limit} more")
+    return "\n".join(lines)
 
 
 # The command line is read before the libraries are imported, which takes 7 to 14 seconds: --help and wrong flags are
