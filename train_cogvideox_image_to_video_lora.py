@@ -95,20 +95,29 @@ VIDEO_TYPES = set(
     ".mp4 .mov .m4v .mkv .webm .avi .gif .wmv .flv .3gp .mpg .mpeg .ts .m2ts .mts .ogv .apng".split()
 )  # fmt: skip
 PICTURE_TYPES = set(".png .jpg .jpeg .jfif .webp .bmp .tif .tiff .avif".split())
-HEIC_TYPES = {".heic", ".heif", ".hif"}  # pictures that neither PIL nor FFmpeg reads as a person sees them
+# Pictures that neither PIL nor FFmpeg reads as a person sees them: they are refused.
+HEIC_TYPES = {".heic", ".heif", ".hif"}
 CONVERT = "ffmpeg -i FILE -c:v libx264 -pix_fmt yuv420p clip.mp4 may make a clip of it"
-STATE_FILE = "training_state.json"  # the last file that is written into a checkpoint: with it, it is complete
-CACHE_FORMAT = 2  # raise it when the content of a precomputed file changes for the same key
-READER_FORMAT = 1  # raise it when VideoFile or open_picture gives other frames
-ENCODED_PIXEL = 12_000  # values that the VAE's encoder holds at its peak for each pixel of a frame, without tiles
-DECODED_PIXEL = 25_000  # the same of its decoder
-OTHER_MEMORY = 1.5 * 2**30  # bytes of a card that CUDA, the VAE's weights and a desktop may take
-SMALL_TILES = (144, 160)  # pixels; the overlaps of the VAE's tiles, 1/6 and 1/5 of them, must be whole latent pixels
+# The last file that is written into a checkpoint. A folder that has it is complete.
+STATE_FILE = "training_state.json"
+# Raise this when the content of a precomputed file changes for the same key: users' caches would be stale.
+CACHE_FORMAT = 2
+# Raise this when VideoFile or open_picture gives other frames, for the same reason.
+READER_FORMAT = 1
+# The values that the VAE holds at its peak for each pixel of a frame, where it does not work in tiles.
+ENCODED_PIXEL = 12_000
+DECODED_PIXEL = 25_000
+# The bytes of a card that CUDA, the VAE's weights and a desktop may take.
+OTHER_MEMORY = 1.5 * 2**30
+# Height and width of small tiles in pixels. Tiles overlap by 1/6 of the height and 1/5 of the width, which must be
+# whole latent pixels.
+SMALL_TILES = (144, 160)
 RESUME_HINT = "To continue, give the same command with --resume_from_checkpoint latest."
 OTHER_LOST = "another process of this run was lost"
 # What a resumed run takes from its checkpoint: the position in the data, and what was decided by the card's memory.
 RUN_STATE = ("seed", "step", "epoch", "batch", "is_encoded_in_tiles", "is_decoded_in_tiles")
-SETTINGS = (  # kept in a checkpoint and shown in the card
+# These settings are kept in a checkpoint, and shown in the card.
+SETTINGS = (
     "rank lora_alpha optimizer use_8bit_adam learning_rate lr_scheduler lr_warmup_steps train_batch_size "
     "gradient_accumulation_steps height width max_num_frames buckets fps frame_sampling video_reshape_mode "
     "random_flip caption_dropout eval_split quantize_base lora_blocks seed"
@@ -128,6 +137,7 @@ def add_flag(group, name: str, **options) -> None:
 
 
 def add_data_args(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the model and of the data."""
     add = functools.partial(add_flag, parser.add_argument_group("model"))
     add("--pretrained_model_name_or_path", help="Hub id or local folder of a CogVideoX; required")
     add("--revision", help="Hub revision of the model")
@@ -185,6 +195,7 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
 
 
 def add_validation_args(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the samples."""
     add = functools.partial(add_flag, parser.add_argument_group("validation"))
     add("--validation_prompt", help="one or more prompts, joined by the separator")
     add("--validation_prompt_separator", default=":::", help="between prompts")
@@ -200,6 +211,7 @@ def add_validation_args(parser: argparse.ArgumentParser) -> None:
 
 
 def add_training_args(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the training, of the optimizer and of what is written."""
     add = functools.partial(add_flag, parser.add_argument_group("training"))
     add("--seed", type=seed_number, help="makes the run repeatable")
     add("--train_batch_size", type=whole_from_1, default=4, help="clips a process and micro-batch")
@@ -264,8 +276,6 @@ def get_args(argv: list[str] | None = None) -> Namespace:
         problems.append(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if args.pretrained_model_name_or_path is None:
         problems.append("--pretrained_model_name_or_path is missing")
-    if args.lora_target_modules is not None:
-        args.lora_target_modules = layer_names(args.lora_target_modules)
     lora["rank"] = parser.get_default("rank")
     lora["lora_alpha"] = parser.get_default("lora_alpha")
     lora["lora_target_modules"] = LORA_TARGETS
@@ -273,18 +283,20 @@ def get_args(argv: list[str] | None = None) -> Namespace:
         try:
             _, lora = open_lora(args.init_lora)
         except RunError as error:
-            problems.append(str(error))
+            parser.error(listing([*problems, str(error)]))
     for name, value in lora.items():
         given = getattr(args, name)
-        if given is None:
-            setattr(args, name, value)
-        elif given != value and args.init_lora:
+        if given is not None and name == "lora_target_modules":
+            given = layer_names(given)
+        if given is not None and not args.init_lora:
+            lora[name] = given
+        elif given not in (None, value):
             problems.append(f"--{name} is {given}, but {value} in --init_lora {args.init_lora}")
     if problems:
         parser.error(listing(problems))
     if argv is None and args.hub_token:
         sys.argv = [word.replace(args.hub_token, "***") for word in sys.argv]
-    return args
+    return Namespace(**vars(args) | lora)
 
 
 def check_args(args: Namespace) -> None:
@@ -379,7 +391,8 @@ def open_lora(source: str) -> tuple[Path, dict]:
     path = Path(source, LORA_FILE) if Path(source).is_dir() else Path(source)
     with explain(f"--init_lora {source} is no LoRA in diffusers' format: a file, a folder or a Hub id"):
         if not path.is_file():
-            from huggingface_hub import hf_hub_download  # an import of half a second
+            # Here, since this import takes half a second.
+            from huggingface_hub import hf_hub_download
             path = Path(hf_hub_download(source, LORA_FILE))
         ranks = set()
         layers = set()
@@ -469,7 +482,7 @@ class OneMessageParser(argparse.ArgumentParser):
 
 
 class RunError(Exception):
-    """Ends the run with one message. Exit code 1: the LoRA cannot be written, 2: wrong input, 3: loss or weights that
+    """End the run with one message. Exit code 1: the LoRA cannot be written, 2: wrong input, 3: loss or weights that
     are not finite, 4: failed upload, 5: another process was lost, 6: out of device memory, 128 + n: stopped by
     signal n. `is_shared`: all processes raise it together, so the first one of a machine prints it for all."""
 
@@ -560,20 +573,23 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def main(args: Namespace) -> None:
     """Check, precompute, train, save, publish: the stages in order. Raises RunError."""
     check_args(args)
-    with shared_work():  # a problem of one process or machine ends all of them with its message
+    # A problem of one process or machine ends all of them with its message.
+    with shared_work():
         accelerator, engine = get_accelerator(args)
         log_device(accelerator)
         transformer_config, _ = read_config(args, "transformer")
         vae_config, _ = read_config(args, "vae")
         check_model(args, transformer_config, vae_config)
-        dataset = VideoDataset(**{name: getattr(args, name) for name in inspect.signature(VideoDataset).parameters})
+        names = inspect.signature(VideoDataset).parameters  # each is the name of a flag
+        videos = VideoDataset(**{name: getattr(args, name) for name in names})
     settings = {name: getattr(args, name) for name in SETTINGS}
-    settings["num_clips"] = len(dataset)
+    settings["num_clips"] = len(videos)
     settings["num_processes"] = accelerator.num_processes
     settings["engine"] = engine
     settings["mixed_precision"] = accelerator.mixed_precision
     settings["lora_targets"] = args.lora_target_modules
-    settings = json.loads(json.dumps(settings))  # as a checkpoint has them
+    # As a checkpoint has them, so that the two can be compared: a tuple is a list there.
+    settings = json.loads(json.dumps(settings))
     checkpoint = in_first(find_checkpoint, args, settings)
     repo_id = in_first(check_hub_access, args)
     in_first(make_output_folders, args, checkpoint, settings)
@@ -586,29 +602,35 @@ def main(args: Namespace) -> None:
     seed = saved.get("seed", gather(seed)[0])
 
     # Each encoder is alone on the device, and freed before the transformer is loaded.
-    captions = [dataset.prompt(index) for index in range(len(dataset))]
-    prompts = [*captions, *(run_input["prompt"] for run_input in validation_inputs(args)), ""]
+    captions = [videos.prompt(index) for index in range(len(videos))]
+    prompts = captions + [sampled_from["prompt"] for sampled_from in validation_inputs(args)]
+    # The empty prompt is that of guidance, and of --caption_dropout.
+    prompts.append("")
     with stage(args, "encoding prompts"):
         prompt_files = precompute_prompts(args, accelerator, prompts, transformer_config["max_text_seq_length"])
-    largest_frame = max(height * width for _, height, width in dataset.buckets)  # pixels
+    largest_frame = max(height * width for _, height, width in videos.buckets)  # pixels
     encoding = largest_frame * ENCODED_PIXEL * DTYPES[accelerator.mixed_precision].itemsize  # bytes
     is_in_tiles = saved.get("is_encoded_in_tiles", needs_tiles(args, accelerator, encoding))
     with stage(args, "encoding videos"):
-        video_files = precompute_videos(args, accelerator, dataset, is_in_tiles)
+        video_files = precompute_videos(args, accelerator, videos, is_in_tiles)
     clips = []
-    for files, caption, record in zip(video_files, captions, dataset.records, strict=True):
-        if files is not None:  # else it cannot be decoded, and --skip_bad_videos leaves it out
+    for files, caption, record in zip(video_files, captions, videos.records, strict=True):
+        # Clips that cannot be decoded have no files: --skip_bad_videos leaves them out.
+        if files is not None:
             clips.append((files, prompt_files[caption], record.path))
     folders = "--output_dir and --precompute_dir must be folders that all machines share"
     with shared_work(), explain(folders, OSError):
         Path(args.output_dir, "metrics.jsonl").stat()
-        latents = LatentDataset(clips, prompt_files[""], args.eval_split, seed)
-    loader, sampler = get_dataloader(args, accelerator, latents, seed)
+        dataset = LatentDataset(clips, prompt_files[""], args.eval_split, seed)
+    loader, sampler = get_dataloader(args, accelerator, dataset, seed)
     steps_per_epoch = math.ceil(len(sampler) / args.gradient_accumulation_steps)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
 
-    set_seed(seed)  # the LoRA starts the same in all processes
-    with shared_work():  # a slow disk of one process does not end the others' first collective
+    # The LoRA starts the same in all processes.
+    set_seed(seed)
+    # The others wait here for a process with a slow disk, as long as it takes. Else its first collective would time
+    # out.
+    with shared_work():
         transformer = load_transformer(args, DTYPES[accelerator.mixed_precision])
         lora = add_lora(transformer, args.rank, args.lora_alpha, args.lora_target_modules, args.lora_blocks)
         if args.init_lora:
@@ -616,10 +638,11 @@ def main(args: Namespace) -> None:
         noise_scheduler = CogVideoXDPMScheduler.from_pretrained(**pretrained_source(args, "scheduler"))
     trained = prepare(args, accelerator, transformer, max_train_steps)
     run = Run(
-        args, accelerator, *trained, noise_scheduler, vae_config, prompt_files, latents, max_train_steps, settings,
+        args, accelerator, *trained, noise_scheduler, vae_config, prompt_files, dataset, max_train_steps, settings,
         seed, is_encoded_in_tiles=is_in_tiles,
     )
-    set_seed(seed, device_specific=True)  # each process draws its own noise
+    # From here on each process draws its own noise.
+    set_seed(seed, device_specific=True)
     if checkpoint is not None:
         resume(run, checkpoint)
     logger.info(f"Steps: {max_train_steps}, {steps_per_epoch} an epoch")
@@ -628,7 +651,8 @@ def main(args: Namespace) -> None:
     try:
         with run.stop.installed():
             if run.step == 0:
-                run_validation(run)  # of the base model, to compare with
+                # The base model's own videos, to compare with.
+                run_validation(run)
             train(run, loader, sampler)
         in_first(save_lora, run.base, Path(args.output_dir), lora_weights(run.base))
         logger.info(f"LoRA: {args.output_dir}/{LORA_FILE}. To use it: pipe.load_lora_weights({args.output_dir!r})")
@@ -648,7 +672,8 @@ def train(run: Run, loader: DataLoader, sampler: ShapeBatchSampler) -> None:
     started = time.perf_counter()
     run.transformer.train()
     while run.step < run.max_train_steps:
-        sampler.epoch, sampler.first_batch = run.epoch, run.batch
+        sampler.epoch = run.epoch
+        sampler.first_batch = run.batch
         for batch in loader:
             if not losses:
                 before_step = (run.batch, torch.get_rng_state(), torch.cuda.get_rng_state_all())
@@ -660,7 +685,8 @@ def train(run: Run, loader: DataLoader, sampler: ShapeBatchSampler) -> None:
             losses.append(loss)
             run.batch += 1
             if grad_norm is None:
-                continue  # nothing before this line waits for the GPU
+                # Nothing before this line waits for the GPU, so that work is queued for it without a gap.
+                continue
 
             run.step += 1
             metrics, is_stopped = finish_step(run, losses, grad_norm, started)
@@ -671,7 +697,8 @@ def train(run: Run, loader: DataLoader, sampler: ShapeBatchSampler) -> None:
                 with stage(args, "saving", run.step):
                     save_checkpoint(run)
             if is_stopped:
-                number = signal.Signals(run.stop.number or signal.SIGTERM)  # none: another process got it
+                # A process without a number has only heard of it: another one got the signal.
+                number = signal.Signals(run.stop.number or signal.SIGTERM)
                 stopped = f"stopped by {number.name} after step {run.step}. {RESUME_HINT}"
                 raise RunError(stopped, 128 + number, is_shared=True)
             if is_last:
@@ -691,17 +718,20 @@ def train(run: Run, loader: DataLoader, sampler: ShapeBatchSampler) -> None:
 def train_step(run: Run, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     """Train on one micro-batch. After --gradient_accumulation_steps of them the LoRA changes. Return the loss, and the
     norm of the gradients, which is None before that."""
-    args, accelerator = run.args, run.accelerator
+    args = run.args
+    accelerator = run.accelerator
     grad_norm = None
     with accelerator.accumulate(run.transformer):
         latents, conditions = prepare_batch(batch, run.base.config, run.vae_config, args)
         with saving_activations(args):
             loss = diffusion_loss(run.transformer, run.noise_scheduler, latents, conditions)
         accelerator.backward(loss)
-        if accelerator.sync_gradients:  # this micro-batch is the last one of its step
+        # Only the last micro-batch of a step has the gradients of all.
+        if accelerator.sync_gradients:
             grad_norm = accelerator.clip_grad_norm_(run.transformer.parameters(), args.max_grad_norm)
     run.is_updating = True
-    run.optimizer.step()  # accelerate leaves it out within a step, as it does zero_grad
+    # accelerate leaves both out where more micro-batches of the step follow.
+    run.optimizer.step()
     run.optimizer.zero_grad()
     run.is_updating = False
     if accelerator.sync_gradients:
@@ -735,23 +765,33 @@ def publish(run: Run, videos: list[tuple[str, Path]], repo_id: str | None) -> No
     """Write the model card, and upload. Raises RunError, code 4."""
     args = run.args
     output_dir = Path(args.output_dir)
-    prompts = [prompt for prompt, _ in videos]
     sampling = sampling_settings(args) | {"max_sequence_length": run.base.config.max_text_seq_length}
-    image = next((start.get("image") for start in validation_inputs(args)), None)
+    prompts = []
+    files = []
+    for prompt, file in videos:
+        prompts.append(prompt)
+        files.append(file)
+    inputs = validation_inputs(args)
+    image = inputs[0].get("image") if inputs else None
     with attempt("Writing the model card"):
         save_model_card(
-            repo_id or output_dir.resolve().name, [file for _, file in videos], args.pretrained_model_name_or_path,
-            prompts, args.output_dir, args.fps, args.id_token, run.settings | {"steps": run.step}, sampling, image,
+            repo_id or output_dir.resolve().name, files, args.pretrained_model_name_or_path, prompts,
+            args.output_dir, args.fps, args.id_token, run.settings | {"steps": run.step}, sampling, image,
         )
     if repo_id is not None:
-        names = [LORA_FILE, "README.md", "first_frame.png"]
-        names += [f"final_video_{number}.mp4" for number in range(len(videos))]
-        names = [name for name in names if (output_dir / name).is_file()]
-        files = [CommitOperationAdd(name, output_dir / name) for name in names]
-        command = shlex.join(["hf", "upload", repo_id, args.output_dir, *[f"--include={name}" for name in names]])
-        advice = f"\nAll files are in {output_dir}. To upload them by hand, after `hf auth login`: {command}"
+        shown = [f"final_video_{number}.mp4" for number in range(len(videos))]
+        names = []
+        uploads = []
+        command = ["hf", "upload", repo_id, args.output_dir]  # what does the same by hand
+        for name in (LORA_FILE, "README.md", "first_frame.png", *shown):
+            if (output_dir / name).is_file():
+                names.append(name)
+                uploads.append(CommitOperationAdd(name, output_dir / name))
+                command.append(f"--include={name}")
+        by_hand = f"To upload them by hand, after `hf auth login`: {shlex.join(command)}"
+        advice = f"\nAll files are in {output_dir}. {by_hand}"
         with explain(f"the upload to {repo_id} failed", exit_code=4, advice=advice):
-            HfApi(token=args.hub_token).create_commit(repo_id, files, commit_message="LoRA, its card and samples")
+            HfApi(token=args.hub_token).create_commit(repo_id, uploads, commit_message="LoRA, its card and samples")
         logger.info(f"Uploaded {', '.join(names)} to {repo_id}")
     logger.info(f"Done. {output_dir} has the LoRA, its card (README.md) and each step's loss (metrics.jsonl).")
     logger.info("For more steps or epochs: the same command with these and --resume_from_checkpoint latest.")
@@ -790,10 +830,10 @@ def diffusion_loss(
 def prepare_batch(
     batch: dict[str, Tensor], transformer_config, vae_config: dict, args: Namespace  # I2V: args
 ) -> tuple[Tensor, dict]:
-    """From a batch of `LatentDataset`: latents [B, f, C, h, w] (fp32), freshly sampled, and by their keywords what the
-    transformer is given beside them, and `image_latents` [B, f, C, h, w]. CogVideoX 1.5 takes f / patch_size_t whole
-    tokens: there `num_padding` frames stand before those of the clip, copies of the first, as it was trained
-    (zai-org/CogVideo, issue 524); the image stands in the first of all frames, as in the pipeline."""
+    """Return the latents of a batch of `LatentDataset`, [B, f, C, h, w] (fp32), freshly sampled, and what the
+    transformer is given beside them, by its keywords, and `image_latents` [B, f, C, h, w]. CogVideoX 1.5 takes
+    f / patch_size_t whole tokens: there `num_padding` frames stand before those of the clip, copies of the first, as
+    it was trained (zai-org/CogVideo, issue 524); the image stands in the first of all frames, as in the pipeline."""
     latents = sample_latents(batch["moments"], vae_config["scaling_factor"])  # [B, f, C, h, w]
     num_padding = -latents.shape[1] % (transformer_config.patch_size_t or 1)
     latents = torch.cat([latents[:, :1]] * num_padding + [latents], dim=1)  # [B, f, C, h, w], padding included
@@ -823,9 +863,10 @@ def sample_latents(moments: Tensor, scaling_factor: float) -> Tensor:
 def sample_image_latents(  # I2V:
     image_moments: Tensor, num_frames: int, vae_config: dict, dropout: float
 ) -> Tensor:
-    """What tells the transformer the first frame, from its distribution [B, 2c, 1, h, w]: latents [B, f, c, h, w] that
-    are zero after the first frame. A part `dropout` of the clips, drawn one by one, has zeros throughout. Source:
-    CogVideoXImageToVideoPipeline.prepare_latents, with its division where `invert_scale_latents` is set."""
+    """Return what tells the transformer the first frame, from its distribution [B, 2c, 1, h, w]: latents
+    [B, f, c, h, w] that are zero after the first frame. A part `dropout` of the clips, drawn one by one, has zeros
+    throughout. Source: CogVideoXImageToVideoPipeline.prepare_latents, with its division where `invert_scale_latents`
+    is set."""
     scaling_factor = vae_config["scaling_factor"]
     scale = 1 / scaling_factor if vae_config.get("invert_scale_latents") else scaling_factor
     first = sample_latents(image_moments, scale)  # [B, 1, c, h, w]
@@ -903,7 +944,8 @@ def check_model(args: Namespace, transformer_config: dict, vae_config: dict) -> 
     if kind != KIND:
         raise RunError(f"{model} is a model for {kind}: train it with {TRAINERS[kind]}")
     check_sizes(args, model, config, pixels_per_latent(vae_config))
-    if args.lora_target_modules != LORA_TARGETS:  # these every CogVideoX has
+    # The usual names need no check: every CogVideoX has these layers.
+    if args.lora_target_modules != LORA_TARGETS:
         check_layers(args, config)
     if args.lora_blocks is not None and block_numbers(args.lora_blocks)[-1] >= config["num_layers"]:
         raise RunError(f"--lora_blocks {args.lora_blocks}: {model} has the blocks 0-{config['num_layers'] - 1}")
@@ -979,13 +1021,18 @@ def load_transformer(args: Namespace, dtype: torch.dtype) -> CogVideoXTransforme
         contexts = recomputation_contexts(args)
         transformer.enable_gradient_checkpointing(functools.partial(recompute, context_fn=contexts))
     if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # sizes of clips; each is compiled for training and for sampling
-        torch._dynamo.config.suppress_errors = True  # without a compiler the blocks run as they are; torch prints why
+        # A block is compiled anew for each size of clips, for training and for sampling. Beyond torch's limit of 8 it
+        # would run uncompiled.
+        torch._dynamo.config.recompile_limit = 64
+        # Without a compiler the blocks run as they are, and torch prints why.
+        torch._dynamo.config.suppress_errors = True
     for block in transformer.transformer_blocks:
-        block.__class__ = CogVideoXBlock  # the same layers, another way to compute
+        # The block keeps its layers and weights, and computes in another way.
+        block.__class__ = CogVideoXBlock
         block.recompute = recompute
         block.num_parts = 8 if args.offload_activations and not args.compile else 1
-        if args.compile:  # for each shape: once for the first block, whose input needs no gradient, and once for all
+        # It is compiled twice for each shape: for the first block, whose input needs no gradient, and for all others.
+        if args.compile:
             block.compile(dynamic=False)
     return transformer
 
@@ -1002,7 +1049,8 @@ def add_lora(
     # peft's fields, and no more: a version that does not know one of them refuses the file.
     transformer.lora_metadata = {"r": rank, "lora_alpha": lora_alpha, "target_modules": layer_names(layers)}
     numbers = block_numbers(blocks) if blocks is not None else []
-    if 0 < len(numbers) < len(transformer.transformer_blocks):  # all blocks are as none named
+    # All blocks named are the same as none named.
+    if 0 < len(numbers) < len(transformer.transformer_blocks):
         starts = tuple(f"transformer_blocks.{number}." for number in numbers)
         names = [name for name in names if name.startswith(starts)]
         # The layers have their full names, which peft looks for first: before 0.21 it found no block by its number.
@@ -1033,7 +1081,8 @@ class LoraLinear(torch.nn.Module):
         self.lora_B = torch.nn.ModuleDict({"default": torch.nn.Linear(rank, base_layer.out_features, bias=False)})
         start = self.lora_A["default"].weight
         torch.nn.init.kaiming_uniform_(start, a=math.sqrt(5))
-        torch.nn.init.zeros_(self.lora_B["default"].weight)  # so that it changes nothing at first
+        # B is zero, so that the LoRA changes nothing at first.
+        torch.nn.init.zeros_(self.lora_B["default"].weight)
         if base_layer.weight.is_floating_point():
             # Rounded as peft does it, so that a seed gives the same LoRA as before.
             start.data = start.to(base_layer.weight.dtype).float()
@@ -1063,7 +1112,9 @@ def lora_weights(transformer: CogVideoXTransformer3DModel) -> dict[str, Tensor]:
     weights = {}
     for name, parameter in lora_parameters(transformer).items():
         weight = parameter.detach()
-        if hasattr(parameter, "_hp_mapping"):  # a copy in the compute dtype; DeepSpeed has shared out the fp32 one
+        # DeepSpeed trains an fp32 copy, which is shared out over the processes. It marks its parameters with this
+        # name, and has no public function that tells them.
+        if hasattr(parameter, "_hp_mapping"):
             from deepspeed.utils import safe_get_full_fp32_param
             weight = safe_get_full_fp32_param(parameter)
         weights[name] = weight.float().cpu()
@@ -1115,7 +1166,8 @@ class CogVideoXBlock(diffusers_cogvideox.CogVideoXBlock):
             key = Rotation.apply(key, cos[:, None, ::2], sin[:, None, ::2])
         attended = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
         tokens = attended.transpose(1, 2).flatten(2)  # [B, S + V, D]
-        del query, key, value, attended  # else sampling holds them through the feed-forward layers
+        # Without this, sampling would hold them in memory through the feed-forward layers.
+        del query, key, value, attended
         for layer in attention.to_out:
             tokens = layer(tokens)  # [B, S + V, D]
         text, video = tokens.split(lengths, dim=1)
@@ -1155,10 +1207,12 @@ class Rotation(torch.autograd.Function):
         real, imaginary = tensor[:, num_text:].unflatten(-1, (-1, 2)).unbind(-1)  # [B, V, heads, d/2]
         targets = turned[:, num_text:].unflatten(-1, (-1, 2)).unbind(-1)  # [B, V, heads, d/2] each
         for first, second, sign, target in ((real, imaginary, -1, targets[0]), (imaginary, real, 1, targets[1])):
-            if torch.compiler.is_compiling():  # it cannot write into every second element, and needs not to
+            # A compiled graph cannot write into every second element, and needs not to.
+            if torch.compiler.is_compiling():
                 target.copy_(torch.addcmul(first * cos, second, sin, value=sign))
             else:
-                torch.addcmul(first * cos, second, sin, value=sign, out=target)  # in fp32, rounded once
+                # The product and the sum are computed in fp32, and rounded once to the dtype of `target`.
+                torch.addcmul(first * cos, second, sin, value=sign, out=target)
         return turned
 
     @staticmethod
@@ -1167,18 +1221,18 @@ class Rotation(torch.autograd.Function):
         return Rotation.apply(grad, cos, -sin), None, None
 
 
-def keep_attention(_context, operation, *_arguments, **_keywords) -> CheckpointPolicy:
-    """Tell to recompute all that a block computes but attention, whose result is small for its cost."""
-    # torch has no list of its kernels for attention: they are told by their names, as _scaled_dot_product_… on a GPU.
-    if "scaled_dot_product" in operation.__name__ or "_attention_forward" in operation.__name__:
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
-
-
 def recomputation_contexts(args: Namespace) -> Callable:
     """Return what makes the contexts in which a block runs, and runs again in the backward pass."""
     if args.checkpoint_policy == "full":
         return noop_context_fn
+
+    def keep_attention(_context, operation, *_arguments, **_keywords) -> CheckpointPolicy:
+        # Attention's result is small for its cost. torch has no list of its kernels for attention: they are told by
+        # their names, as _scaled_dot_product_… on a GPU.
+        if "scaled_dot_product" in operation.__name__ or "_attention_forward" in operation.__name__:
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
     # What is kept stays on the device with --offload_activations, too; torch warns that this may change one day.
     warnings.filterwarnings("ignore", message="A saved_tensors_hooks context")
     return functools.partial(create_selective_checkpoint_contexts, keep_attention)
@@ -1319,7 +1373,8 @@ def host_memory(size: tuple[int, ...], dtype: torch.dtype, device: torch.device,
     if device.type == "cuda" and is_pinned:
         try:
             return torch.empty(size, dtype=dtype, pin_memory=True)
-        except RuntimeError as error:  # there is a limit to locked memory, as in many containers (ulimit -l)
+        except RuntimeError as error:
+            # Many containers limit locked memory (ulimit -l).
             log_warning_once(f"Host memory cannot be pinned, so copies take longer: {str(error).splitlines()[0]}")
     return torch.empty(size, dtype=dtype, device="meta" if device.type == "meta" else "cpu")
 
@@ -1345,6 +1400,7 @@ def saving_activations(args: Namespace) -> contextlib.AbstractContextManager:
 
 
 def load_vae(args: Namespace, dtype: torch.dtype) -> AutoencoderKLCogVideoX:
+    """Load the frozen VAE, in tiles and slices as the flags say."""
     vae = AutoencoderKLCogVideoX.from_pretrained(**pretrained_source(args, "vae", dtype))
     if args.enable_slicing:
         vae.enable_slicing()
@@ -1415,7 +1471,7 @@ class VideoDataset(Dataset):
             )
         elif not (root / caption_column).is_file():
             self.records = read_captions_beside(root, caption_column)
-        else:  # line i of one file belongs to line i of the other
+        else:
             captions = read_lines(root / caption_column)
             videos = read_lines(root / video_column)
             if len(captions) != len(videos):
@@ -1432,7 +1488,9 @@ class VideoDataset(Dataset):
         if missing:
             raise RunError(f"{len(missing)} of {len(self.records)} videos are missing:\n{listing(missing)}")
         self.buckets = buckets or [(max_num_frames, height, width)]
-        self.settings = {  # what changes no pixel is left out, for the cache's key
+        # These settings are part of the key of encoded clips. What changes no pixel is left out: it would encode them
+        # anew.
+        self.settings = {
             "video_reshape_mode": video_reshape_mode, "skip_frames_start": skip_frames_start,
             "skip_frames_end": skip_frames_end, "frame_sampling": frame_sampling, "video_reader": video_reader,
         }
@@ -1455,6 +1513,10 @@ class VideoDataset(Dataset):
     def prompt(self, index: int) -> str:
         """Return what the text encoder is given for clip `index`: the trigger word, one space, the caption."""
         return f"{self.id_token} {self.instance_prompts[index]}".strip()
+
+    def content_hashes(self) -> list[str]:
+        """Return the hash of each clip's content."""
+        return [record.content_hash() for record in self.records]
 
     def choose(self, index: int, is_in_order: bool = False) -> tuple[Clip, list[int], tuple[int, int], Tensor]:
         """Return what is used of clip `index`: the clip, the indices of its frames, H and W, and `kept`. Raises
@@ -1492,7 +1554,8 @@ class VideoDataset(Dataset):
             position = (draw.random(), draw.random())
         mode = self.settings["video_reshape_mode"]
         video = torch.empty(len(indices), 3, height, width)  # [F, C, H, W]
-        for start in range(0, len(indices), 8):  # few at a time: 49 frames of 4K as floats are 5 GB
+        # A few frames at a time: 49 frames of 4K as floats would take 5 GB.
+        for start in range(0, len(indices), 8):
             frames = torch.from_numpy(clip.read(indices[start : start + 8]))  # [8, H0, W0, C] uint8
             frames = (frames.permute(0, 3, 1, 2).float() - 127.5) / 127.5  # [8, C, H0, W0]
             video[start : start + 8] = resize_and_crop(frames, height, width, mode, position)
@@ -1517,7 +1580,8 @@ def read_lines(path: Path) -> list[str]:
 def read_captions_beside(root: Path, missing_file: str) -> list[VideoRecord]:
     """Return records of all clips and pictures below `root`, by path; the caption of x.mp4 is the text of x.txt, as
     one line. Raises RunError with each clip that has no caption, and each text that has no clip."""
-    files = [path for path in sorted(root.rglob("*")) if "/." not in f"/{path.relative_to(root)}"]  # none is hidden
+    # A name that begins with a dot is hidden, as are those that a Mac leaves beside each file (._clip.mp4).
+    files = [path for path in sorted(root.rglob("*")) if "/." not in f"/{path.relative_to(root)}"]
     captions = {}  # by text file
     text_files = {}  # by path without suffix
     with explain(f"a caption in {root} cannot be read as UTF-8 text", (OSError, UnicodeDecodeError)):
@@ -1607,7 +1671,8 @@ def select_frames(
         count = frames_4k_plus_1(min(max_num_frames, available))
         return [first + round(i * (available - 1) / max(count - 1, 1)) for i in range(count)]
     if frame_sampling == "fps":
-        count = math.floor((times[end] - times[first]) * fps + 1e-6)  # 24 / 30 * 10 is 8
+        # The small number makes 8 of 24 / 30 * 10, which is a little less in floating point.
+        count = math.floor((times[end] - times[first]) * fps + 1e-6)
         indices = []
         for i in range(min(max_num_frames, max(1, count))):
             moment = times[first] + i / fps + 1e-6
@@ -1678,7 +1743,8 @@ class Clip:
 def open_clip(record: VideoRecord, video_reader: str = "pyav", is_in_order: bool = False) -> Clip:
     """Open the clip of a record. `is_in_order` decodes a video from its start, and trusts no times of the container.
     Raises ValueError, TimesDiffer, and what decord and PIL raise."""
-    suffix = Path(record.path.rstrip(")")).suffix.lower()  # of a row of a data set it stands in brackets
+    # The path of a row of a data set ends with the file's name in brackets.
+    suffix = Path(record.path.rstrip(")")).suffix.lower()
     if suffix in HEIC_TYPES:
         raise ValueError("HEIC pictures cannot be read: magick FILE picture.jpg converts one")
     source = record.source()
@@ -1739,7 +1805,8 @@ class VideoFile:
 
     def open(self) -> None:
         """Open the file at its start."""
-        av.logging.set_level(None)  # FFmpeg's own lines are about odd but readable files
+        # FFmpeg prints lines about odd but readable files, which a user can do nothing about.
+        av.logging.set_level(None)
         if isinstance(self.source, io.BytesIO):
             self.source.seek(0)
         try:
@@ -1758,7 +1825,8 @@ class VideoFile:
 
     def packets(self, *streams: av.stream.Stream) -> Iterator[av.Packet]:
         """Yield the packets of these streams, or of all."""
-        with contextlib.suppress(av.error.FFmpegError):  # `scan` compares what can be read with the duration
+        # An error ends the packets here, since `scan` compares what could be read with the duration.
+        with contextlib.suppress(av.error.FFmpegError):
             yield from self.container.demux(*streams)
 
     def scan(self) -> None:
@@ -1777,14 +1845,16 @@ class VideoFile:
             if packet.is_keyframe:
                 is_by_dts = "mov" in self.formats and packet.dts is not None
                 self.keyframes.append((packet.pts, packet.dts if is_by_dts else packet.pts))
-            if not packet.is_discard:  # else an edit list leaves it out
+            # An edit list may cut packets off that are needed to decode others: they are decoded, and not shown.
+            if not packet.is_discard:
                 self.pts.append(packet.pts)
                 self.end = max(self.end, end)
         self.pts.sort()
         self.keyframes.sort()
         if len(set(self.pts)) < len(self.pts):
             self.keyframes = []  # such times cannot be trusted
-        if self.container.duration and self.formats & {"mov", "matroska", "avi", "asf"}:  # others estimate it
+        # Other containers estimate their duration, and would be taken for truncated.
+        if self.container.duration and self.formats & {"mov", "matroska", "avi", "asf"}:
             duration = self.container.duration / av.time_base
             readable -= (self.container.start_time or 0) / av.time_base
             if readable < 0.95 * duration - 0.5:
@@ -1803,7 +1873,8 @@ class VideoFile:
                 damaged = packet.pts or packet.dts or 0
             for frame in frames:
                 if frame.pts is not None and frame.pts < start:
-                    continue  # it refers to frames before the keyframe
+                    # Such a frame may refer to frames before the keyframe, which were not decoded.
+                    continue
                 if frame.is_corrupt:
                     damaged = frame.pts or packet.dts or 0
                     continue
@@ -1926,7 +1997,8 @@ class VideoFile:
         first = self.pts[0]
         last = self.pts[-1]
         end = self.end
-        if end <= last:  # the last frame has no duration: it gets the mean one
+        # The last frame has no duration, so it gets the mean one.
+        if end <= last:
             end = last + max(1, (last - first) // max(1, len(self.pts) - 1))
         return [float((time - first) * self.stream.time_base) for time in [*self.pts, end]]
 
@@ -1938,7 +2010,8 @@ class TimesDiffer(Exception):
 def open_with_decord(source: str | io.BytesIO) -> Clip:
     """Open a video as the original scripts did, with all that decord gets wrong."""
     import decord
-    decord.logging.set_level(decord.logging.QUIET)  # FFmpeg's warnings about odd but readable files
+    # FFmpeg warns of odd but readable files, which a user can do nothing about.
+    decord.logging.set_level(decord.logging.QUIET)
     reader = decord.VideoReader(source)
     rate = reader.get_avg_fps()
     if len(reader) == 0:
@@ -1948,7 +2021,8 @@ def open_with_decord(source: str | io.BytesIO) -> Clip:
 
     def read(indices: list[int]) -> np.ndarray:
         frames = reader.get_batch(indices)
-        return frames.asnumpy() if hasattr(frames, "asnumpy") else np.asarray(frames)  # decord.bridge changes the kind
+        # decord.bridge, set by others, changes the kind of array.
+        return frames.asnumpy() if hasattr(frames, "asnumpy") else np.asarray(frames)
 
     times = [index / rate for index in range(len(reader) + 1)]
     return Clip(times, read([0]).shape[1:3], read, [])
@@ -1963,7 +2037,8 @@ def open_picture(source: str | io.BytesIO) -> Clip:
     if image.format not in ("WEBP", "PNG", "AVIF") or not image.is_animated:
         frames = np.asarray(upright_rgb(image))[None]  # [1, H0, W0, C]
         return Clip([0.0, 1.0], frames.shape[1:3], lambda indices: frames[indices], [])
-    first = 1 if image.info.get("default_image") else 0  # it is for those who cannot show the animation
+    # The default image of an animated PNG is for programs that cannot show the animation.
+    first = 1 if image.info.get("default_image") else 0
     times = [0.0]
     for index in range(first, image.n_frames):
         image.seek(index)
@@ -1972,7 +2047,8 @@ def open_picture(source: str | io.BytesIO) -> Clip:
 
     def read(indices: list[int]) -> np.ndarray:
         frames = {}
-        with Image.open(source) as image:  # opened again: PIL cannot go back in every animated PNG
+        # The file is opened again, because PIL cannot go back in every animated PNG.
+        with Image.open(source) as image:
             for index in sorted(set(indices)):
                 image.seek(first + index)
                 frames[index] = np.asarray(upright_rgb(image))
@@ -2110,7 +2186,7 @@ def precompute_videos(
     }
     flips = (False, True) if args.random_flip else (False,)
     paths = []
-    for source in in_first(content_hashes, dataset.records):
+    for source in in_first(dataset.content_hashes):
         content["source"] = source
         paths.append(tuple(item_path(folder, "videos", flip=flip, **content) for flip in flips))
     new = in_first(find_new, folder / "videos", "moments", dict(enumerate(paths)))
@@ -2208,7 +2284,8 @@ class ClipDecoder:
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=decode_clips, args=(theirs, dataset, dtype), daemon=True)
         self.process.start()
-        theirs.close()  # the process has the last copy then: its death is an end of file here
+        # The process then holds the last copy of its end, so that its death is an end of file here.
+        theirs.close()
 
     def stop(self) -> None:
         """End the process, whatever it does."""
@@ -2222,9 +2299,11 @@ def decode_clips(connection, dataset: VideoDataset, dtype: torch.dtype) -> None:
     [F, C, H, W] and `kept` [2] as a safetensors file; or a text that says what is wrong with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)  # a forked process has none of its parent's threads
+    # A forked process has none of its parent's threads, and would wait for them for ever.
+    torch.set_num_threads(1)
     with contextlib.suppress(AttributeError):  # only Linux has it
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with a parent that is killed
+        # PR_SET_PDEATHSIG (1): this process ends with its parent, even with one that is killed.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     while True:
         index = connection.recv()
         try:
@@ -2237,11 +2316,6 @@ def decode_clips(connection, dataset: VideoDataset, dtype: torch.dtype) -> None:
             text = re.sub(r"^(\[[\d:]+\] \S+: )*(Check failed: .*? vs\. .*?\) ?)?", "", text.splitlines()[-1])
             answer = re.sub(r"-?\d{9,}", "invalid data", text) or "its data is invalid"
         connection.send(answer)
-
-
-def content_hashes(records: list[VideoRecord]) -> list[str]:
-    """Return the hash of each clip's content."""
-    return [record.content_hash() for record in records]
 
 
 def model_identity(args: Namespace, *subfolders: str) -> dict:
@@ -2270,7 +2344,8 @@ def find_new(folder: Path, name: str, items: dict[object, tuple[Path, ...]]) -> 
     it in the first process, before any process writes."""
     folder.mkdir(parents=True, exist_ok=True)
     for partial in folder.glob(".*.partial"):
-        if time.time() - partial.stat().st_mtime > 3600:  # a process was killed while it wrote
+        # So old a file is left of a process that was killed while it wrote.
+        if time.time() - partial.stat().st_mtime > 3600:
             partial.unlink(missing_ok=True)
     older = [path for path in folder.glob("*.safetensors") if f".{CACHE_FORMAT}." not in path.name]
     if older:
@@ -2335,7 +2410,8 @@ class LatentDataset(Dataset):
         of_shape = {shape: [] for shape in self.shapes}
         for index in random.Random(f"held out {seed}").sample(range(len(clips)), len(clips)):
             of_shape[self.shapes[index]].append(index)
-        turns = itertools.chain(*itertools.zip_longest(*of_shape.values()))  # the first of each shape, the second, …
+        # One clip of each shape, then a second one of each, and so on.
+        turns = itertools.chain(*itertools.zip_longest(*of_shape.values()))
         self.held_out = [index for index in turns if index is not None][:num_held_out]
 
     def __getitem__(self, key: tuple[int, bool, bool]) -> dict[str, Tensor]:
@@ -2347,20 +2423,21 @@ class LatentDataset(Dataset):
 
 
 class ShapeBatchSampler(Sampler[list[tuple[int, bool, bool]]]):
-    """Batches of keys of a `LatentDataset` in which all clips have one latent shape, for the process `share[0]` of
-    `share[1]`. The order of epoch e is a function of (seed, e) alone, so a position in the data is two numbers, and to
+    """Batches of keys of a `LatentDataset` in which all clips have one latent shape, for one process of
+    several. The order of epoch e is a function of (seed, e) alone, so a position in the data is two numbers, and to
     resume there reads nothing of what came before. Set `epoch` and `first_batch` before iterating."""
 
     def __init__(
         self, shapes: dict[int, tuple[int, ...]], batch_size: int, seed: int, random_flip: bool = False,
-        caption_dropout: float = 0.0, share: tuple[int, int] = (0, 1),
+        caption_dropout: float = 0.0, process_index: int = 0, num_processes: int = 1,
     ):
         self.shapes = shapes
         self.batch_size = batch_size
         self.seed = seed
         self.random_flip = random_flip
         self.caption_dropout = caption_dropout
-        self.process, self.num_processes = share
+        self.process_index = process_index
+        self.num_processes = num_processes
         self.epoch = 0
         self.first_batch = 0
 
@@ -2379,12 +2456,13 @@ class ShapeBatchSampler(Sampler[list[tuple[int, bool, bool]]]):
             if len(batch) == self.batch_size:
                 batches.append(filling.pop(self.shapes[index]))
         batches += filling.values()
-        for i in range(-len(batches) % self.num_processes):  # every process takes the same number of batches
+        # Every process takes the same number of batches: one with fewer would let the others wait for gradients.
+        for i in range(-len(batches) % self.num_processes):
             batches.append(batches[i])
         return batches
 
     def __iter__(self) -> Iterator[list[tuple[int, bool, bool]]]:
-        yield from self.all_batches()[self.process :: self.num_processes][self.first_batch :]
+        yield from self.all_batches()[self.process_index :: self.num_processes][self.first_batch :]
 
     def __len__(self) -> int:
         """Return the number of batches in a whole epoch of this process."""
@@ -2397,14 +2475,20 @@ def get_dataloader(args: Namespace, accelerator: Accelerator, dataset: LatentDat
     shapes = dict(enumerate(dataset.shapes))
     for index in dataset.held_out:
         del shapes[index]
-    share = (accelerator.process_index, accelerator.num_processes)
-    sampler = ShapeBatchSampler(shapes, args.train_batch_size, seed, args.random_flip, args.caption_dropout, share)
+    sampler = ShapeBatchSampler(
+        shapes, args.train_batch_size, seed, args.random_flip, args.caption_dropout,
+        accelerator.process_index, accelerator.num_processes,
+    )
     workers = args.dataloader_num_workers
     loader = DataLoader(
         dataset, batch_sampler=sampler, num_workers=workers, persistent_workers=workers > 0,
         multiprocessing_context="fork" if workers else None, pin_memory=accelerator.device.type == "cuda",
-        worker_init_fn=lambda _: os.setpgid(0, 0),  # a signal to the group must not end them: a step needs its batches
-        generator=torch.Generator(),  # a loader draws a seed each epoch: not from the stream that noise comes from
+        # A signal to the process group must not end the workers, since the step that is finished then needs its
+        # batches.
+        worker_init_fn=lambda _: os.setpgid(0, 0),
+        # A loader draws a seed each epoch. It must not come from the stream that noise comes from, or the noise would
+        # depend on the number of workers.
+        generator=torch.Generator(),
     )
     # Accelerate moves the batches and finds the last one of an epoch. The sampler has sharded them already, because
     # accelerate's own sharding pads batches with clips of any shape.
@@ -2459,14 +2543,17 @@ def prepare(args: Namespace, accelerator: Accelerator, transformer: torch.nn.Mod
         learning_rate *= args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     group = {"params": list(lora_parameters(transformer).values()), "lr": learning_rate}
     if accelerator.device.type == "cuda" and not args.use_8bit_adam and args.optimizer != "prodigy":
-        group["fused"] = True  # in the group: a fused optimizer would hide the steps that fp16 skips
+        # A fused optimizer itself skips the steps that overflow in fp16, and accelerate would not notice. Where only
+        # the group is fused, torch's gradient scaler skips them, and accelerate sees it.
+        group["fused"] = True
     optimizer = get_optimizer(args, [group], use_deepspeed="optimizer" in defined)
     make_schedule = functools.partial(
         get_scheduler, args.lr_scheduler, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps,
         num_cycles=args.lr_num_cycles, power=args.lr_power,
     )
     if "scheduler" in defined:
-        steps = max_train_steps * accelerator.num_processes  # accelerate divides them again, but not the warm-up
+        # accelerate divides the total by the number of processes again, but not the warm-up.
+        steps = max_train_steps * accelerator.num_processes
         schedule = DummyScheduler(optimizer, total_num_steps=steps, warmup_num_steps=args.lr_warmup_steps)
     elif "optimizer" in defined:
         schedule = DummyScheduler(optimizer, lr_scheduler_callable=make_schedule)
@@ -2498,7 +2585,7 @@ class Run:
     noise_scheduler: CogVideoXDPMScheduler
     vae_config: dict
     prompt_files: dict[str, Path]
-    latents: LatentDataset
+    dataset: LatentDataset
     max_train_steps: int
     settings: dict  # what a checkpoint must fit
     seed: int  # of the data order
@@ -2537,7 +2624,8 @@ def save_checkpoint(run: Run) -> None:
     in_first(remove_checkpoint, folder)
     with attempt(f"Writing {folder}"):
         partial.mkdir(parents=True, exist_ok=True)
-        accelerator.save_state(str(partial), exclude_frozen_parameters=True)  # the keyword is DeepSpeed's
+        # DeepSpeed takes this keyword, and would otherwise save the whole base each time.
+        accelerator.save_state(str(partial), exclude_frozen_parameters=True)
         if accelerator.is_main_process:
             save_lora(run.base, partial, weights)
         is_written = True
@@ -2549,7 +2637,8 @@ def save_checkpoint(run: Run) -> None:
             }
             (partial / STATE_FILE).write_text(json.dumps(content, indent=1))
             for path in (*partial.rglob("*"), partial):
-                flush(path)  # the content is on the disk before the final name is
+                # The content must be on the disk before the final name is.
+                flush(path)
             os.replace(partial, folder)
             flush(folder.parent)
             logger.info(f"Saved {folder}")
@@ -2635,7 +2724,8 @@ def check_settings(folder: Path, saved: dict, settings: dict) -> None:
         if old != value:
             changed[name] = f"{name} was {old}, is {value}"
     fixed = {"rank", "lora_targets", "lora_blocks", "optimizer", "use_8bit_adam", "engine"}
-    if settings["engine"] != "replicated":  # it writes a file of the optimizer for each process
+    # DeepSpeed writes a file of the optimizer for each process.
+    if settings["engine"] != "replicated":
         fixed.add("num_processes")
     refused = [changed[name] for name in sorted(fixed & changed.keys())]
     if refused:
@@ -2679,7 +2769,8 @@ def make_output_folders(args: Namespace, checkpoint: Path | None, settings: dict
         if checkpoint and metrics.exists():
             last_step = read_training_state(checkpoint)["state"]["step"]
             for line in metrics.read_text().splitlines():
-                if line.startswith("{") and line.endswith("}"):  # a kill may have cut a line short
+                # A kill may have cut a line short.
+                if line.startswith("{") and line.endswith("}"):
                     row = json.loads(line)
                     if row["step"] <= last_step:
                         kept += f"{json.dumps(row)}\n"
@@ -2703,9 +2794,11 @@ def resume(run: Run, folder: Path) -> None:
         setattr(run, name, content["state"].get(name, getattr(run, name)))  # older checkpoints do not have all
     # A process without generators in the checkpoint must not draw the run's first noise again.
     set_seed(run.seed + run.step, device_specific=True)
-    if accelerator.distributed_type != DistributedType.DEEPSPEED:  # which keeps it in fp32 and in the compute dtype
+    # DeepSpeed reads its own file, which has the LoRA in fp32 and in the compute dtype.
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
         load_lora(run.base, folder / LORA_FILE)
-    accelerator.load_state(str(folder), load_module_strict=False)  # the frozen base is not in it
+    # The frozen base is not in a checkpoint, hence not strict.
+    accelerator.load_state(str(folder), load_module_strict=False)
     clips = run.batch * saved["train_batch_size"] * saved["num_processes"]  # taken of this epoch
     run.batch = clips // (run.settings["train_batch_size"] * run.settings["num_processes"])
     logger.info(f"Resumed {folder}: step {run.step}, epoch {run.epoch + 1}, batch {run.batch} of it")
@@ -2746,7 +2839,7 @@ def run_validation(run: Run, is_final: bool = False) -> list[tuple[str, Path]]:
     own = range(accelerator.process_index, len(inputs), accelerator.num_processes)  # prompts of this process
     sampled = []
     run.base.eval()
-    if run.latents.held_out:
+    if run.dataset.held_out:
         log_held_out_loss(run)
     if own:
         with attempt("Validation"), stage(args, "sampling", run.step):
@@ -2760,14 +2853,16 @@ def run_validation(run: Run, is_final: bool = False) -> list[tuple[str, Path]]:
                 for name, prompt in (("prompt_embeds", inputs[index]["prompt"]), ("negative_prompt_embeds", "")):
                     embeds = load_file(run.prompt_files[prompt])["prompt_embeds"]  # [S, D]
                     pipeline_args[name] = embeds[None].to(accelerator.device)  # [1, S, D]
-                pipeline_args["callback_on_step_end"] = functools.partial(stop_sampling, run)
+                pipeline_args["callback_on_step_end"] = run.stop.end_sampling
                 files = validation_files(args, run.step, is_final, index)
                 log_validation(pipe, args, accelerator, pipeline_args, run.epoch, is_final, files)
                 logger.info(f"Sampled prompt {index + 1} of {len(inputs)} at step {run.step}")
                 sampled.append(index)
-        pipe = vae = None  # so that the memory can be freed
+        # Without these names the memory can be freed below.
+        pipe = vae = None
     run.base.train()
-    clear_device_cache(garbage_collection=True)  # also after held-out clips
+    # After held-out clips, too.
+    clear_device_cache(garbage_collection=True)
     videos = []
     for index in sorted(itertools.chain(*gather(sampled))):
         files = validation_files(args, run.step, is_final, index)
@@ -2821,13 +2916,6 @@ def validation_files(args: Namespace, step: int, is_final: bool, prompt: int) ->
     return [Path(args.output_dir, "validation", f"{stem}_video-{i}.mp4") for i in range(args.num_validation_videos)]
 
 
-def stop_sampling(run: Run, _pipe: PIPELINE, _step: int, _timestep, tensors: dict) -> dict:
-    """End a sample after a signal: the pipeline calls this after each denoising step. Raises InterruptedError."""
-    if run.stop.number:
-        raise InterruptedError("a signal asks the run to stop")
-    return tensors
-
-
 @torch.no_grad()
 def log_held_out_loss(run: Run) -> None:
     """Log the mean loss of the clips of --eval_split at 10 noise levels, with the same noise each time. A failure (out
@@ -2837,8 +2925,8 @@ def log_held_out_loss(run: Run) -> None:
     args = Namespace(**vars(run.args) | {"noised_image_dropout": 0})
     timesteps = torch.linspace(0, run.noise_scheduler.config.num_train_timesteps - 1, 10).long().to(accelerator.device)
     with attempt("The loss of the held-out clips"):
-        for index in run.latents.held_out[accelerator.process_index :: accelerator.num_processes]:
-            item = run.latents[index, False, False]  # not flipped, and with its caption
+        for index in run.dataset.held_out[accelerator.process_index :: accelerator.num_processes]:
+            item = run.dataset[index, False, False]  # not flipped, and with its caption
             batch = {name: tensor[None].to(accelerator.device) for name, tensor in item.items()}
             with torch.random.fork_rng(range(torch.cuda.device_count())):
                 torch.manual_seed(index)
@@ -2850,7 +2938,8 @@ def log_held_out_loss(run: Run) -> None:
                 losses[index] = sum(clip_losses)
     for losses_of_process in gather(losses):
         losses |= losses_of_process
-    if len(losses) == len(run.latents.held_out):  # a mean of other clips could not be compared
+    # A mean of other clips could not be compared with the means before.
+    if len(losses) == len(run.dataset.held_out):
         mean = sum(losses.values()) / len(losses) / len(timesteps)
         metrics = {"validation/loss": mean}
         log_metrics(run, metrics, metrics)
@@ -2880,7 +2969,8 @@ def log_metrics(run: Run, metrics: dict, scalars: dict) -> None:
 def send_videos(accelerator: Accelerator, files: list[Path], caption: str, step: int) -> None:
     """Show written videos in the trackers. The name of a prompt's video is the same at each validation."""
     for tracker, file in itertools.product(accelerator.trackers, files):
-        name = f"validation/{file.stem.split('_', 2)[-1]}"  # prompt-0_video-0, without the step
+        # The name has no step in it: prompt-0_video-0.
+        name = f"validation/{file.stem.split('_', 2)[-1]}"
         with attempt("Showing videos in the trackers"):
             if tracker.name == "wandb":
                 import wandb
@@ -2896,68 +2986,21 @@ def send_videos(accelerator: Accelerator, files: list[Path], caption: str, step:
 # ---- Card and Hub ---------------------------------------------------------------------------------------------------
 
 
-def save_model_card(
-    repo_id: str, videos: list | None = None, base_model: str | None = None,
-    validation_prompt: str | list[str] | None = None, repo_folder: str | None = None, fps: int = 8,
-    id_token: str | None = None, settings: dict | None = None, sampling: dict | None = None, image=None,
-) -> None:
-    """Write README.md, the model card, into `repo_folder`, and beside it what it shows: `videos`, mp4 files or
-    [F, H, W, C] in [0, 1], with the `validation_prompt` of all or a list with one for each. `settings` become a table,
-    `sampling` the keywords of the pipeline's call, `image` (PIL) its start image, first_frame.png."""
-    folder, settings, widget = Path(repo_folder or "."), settings or {}, []
-    base_model = base_model or "THUDM/CogVideoX-5b"
-    prompts = [validation_prompt] if isinstance(validation_prompt, str) else validation_prompt or []
-    for index, video in enumerate(videos if videos is not None else []):
-        name = f"final_video_{index}.mp4"
-        if isinstance(video, Path):
-            shutil.copyfile(video, folder / name)
-        else:
-            export_to_video(list(video), str(folder / name), fps=fps)
-        widget.append({"text": prompts[min(index, len(prompts) - 1)] if prompts else "-", "output": {"url": name}})
-    trigger = f"Trigger word: `{id_token}`, at the beginning of the prompt.\n\n" if id_token else ""
-    prompt = prompts[0] if prompts else f"{id_token or ''} your prompt".strip()
-    call = "".join(f"    {name}={value!r},\n" for name, value in ({"prompt": prompt} | (sampling or {})).items())
-    if settings.get("seed") is not None:
-        call += f"    generator=torch.Generator(device).manual_seed({settings['seed']}),\n"
-    if "image" in inspect.signature(PIPELINE.__call__).parameters:
-        name = "first_frame.png" if image is not None else "your_image.png"
-        call += f'    image=load_image("{name}"),  # as wide and high as the video, or it is squeezed\n'
-        if image is not None:
-            image.save(folder / name)
-    dtype = "float16" if settings.get("mixed_precision") == "fp16" else "bfloat16"
-    if settings.get("lr_scheduler") == "constant":
-        settings = settings | {"lr_warmup_steps": None}  # it has none
-    table = {name.replace("_", " "): value for name, value in settings.items() if value not in (None, False)}
-    rows = [f"| {name} | {value} |\n" for name, value in table.items()]
-    cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/", f"{Path(base_model).absolute()}/")  # the Hub's cache
-    base_name = "/".join(cached.groups()) if cached else None if Path(base_model).is_dir() else base_model
-    name, licence = (base_name or "").lower(), {"license": "other"}
-    if "cogvideox-2b" in name:
-        licence = {"license": "apache-2.0"}
-    elif "cogvideox" in name:
-        link = "https://huggingface.co/THUDM/CogVideoX-5b/blob/main/LICENSE"
-        licence = {"license": "other", "license_name": "cogvideox", "license_link": link}
-    optional = {"base_model": base_name, "instance_prompt": id_token, "widget": widget}
-    metadata = ModelCardData(
-        library_name="diffusers", pipeline_tag=KIND,
-        tags=[KIND, "diffusers-training", "diffusers", "lora", "cogvideox", "template:sd-lora"],
-        **licence, **{name: value for name, value in optional.items() if value},
-    )
-    ModelCard(f"""---
-{metadata.to_yaml()}
+CARD = """---
+{metadata}
 ---
 
 # {repo_id}
 
-A LoRA for {KIND} with {base_name or base_model}.
+A LoRA for {kind} with {base_model}.
 
 {trigger}```py
 import torch
-from diffusers import {PIPELINE.__name__}
-from diffusers.utils import export_to_video, load_image
+from diffusers import {pipeline}
+from diffusers.utils import {helpers}
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-pipe = {PIPELINE.__name__}.from_pretrained({(base_name or base_model)!r}, dtype=torch.{dtype}).to(device)
+pipe = {pipeline}.from_pretrained({base_model!r}, dtype=torch.{dtype}).to(device)
 pipe.load_lora_weights({repo_id!r})  # applies alpha / rank: no further scale is needed
 pipe.vae.enable_tiling()
 
@@ -2970,17 +3013,101 @@ export_to_video(video, "video.mp4", fps={fps})
 
 | setting | value |
 |---|---|
-{"".join(rows)}
+{rows}
 The licence of the base model applies to these weights too.
-""").save(folder / "README.md")
+"""
+
+
+def save_model_card(
+    repo_id: str, videos: list | None = None, base_model: str | None = None,
+    validation_prompt: str | list[str] | None = None, repo_folder: str | None = None, fps: int = 8,
+    id_token: str | None = None, settings: dict | None = None, sampling: dict | None = None, image=None,
+) -> None:
+    """Write README.md, the model card, into `repo_folder`, and beside it what it shows: `videos`, mp4 files or
+    [F, H, W, C] in [0, 1], with the `validation_prompt` of all or a list with one for each. `settings` become a table,
+    `sampling` the keywords of the pipeline's call, `image` (PIL) its start image, first_frame.png."""
+    folder = Path(repo_folder or ".")
+    settings = settings or {}
+    base_model, licence = base_and_licence(base_model or "THUDM/CogVideoX-5b")
+    prompts = [validation_prompt] if isinstance(validation_prompt, str) else validation_prompt or []
+    widget = []
+    for index, video in enumerate(videos if videos is not None else []):
+        name = f"final_video_{index}.mp4"
+        if isinstance(video, Path):
+            shutil.copyfile(video, folder / name)
+        else:
+            export_to_video(list(video), str(folder / name), fps=fps)
+        prompt = prompts[min(index, len(prompts) - 1)] if prompts else "-"
+        widget.append({"text": prompt, "output": {"url": name}})
+    if image is not None:
+        image.save(folder / "first_frame.png")
+    prompt = prompts[0] if prompts else f"{id_token or ''} your prompt".strip()
+    rows = ""
+    for name, value in settings.items():
+        has_no_effect = name == "lr_warmup_steps" and settings.get("lr_scheduler") == "constant"
+        if value not in (None, False) and not has_no_effect:
+            rows += f"| {name.replace('_', ' ')} | {value} |\n"
+    metadata = ModelCardData(
+        base_model=None if Path(base_model).is_dir() else base_model,
+        library_name="diffusers",
+        pipeline_tag=KIND,
+        tags=[KIND, "diffusers-training", "diffusers", "lora", "cogvideox", "template:sd-lora"],
+        instance_prompt=id_token or None,
+        widget=widget or None,
+        **licence,
+    )
+    card = CARD.format(
+        metadata=metadata.to_yaml(),
+        repo_id=repo_id,
+        kind=KIND,
+        base_model=base_model,
+        trigger=f"Trigger word: `{id_token}`, at the beginning of the prompt.\n\n" if id_token else "",
+        pipeline=PIPELINE.__name__,
+        helpers="export_to_video, load_image" if KIND == "image-to-video" else "export_to_video",
+        dtype="float16" if settings.get("mixed_precision") == "fp16" else "bfloat16",
+        call=pipeline_keywords({"prompt": prompt} | (sampling or {}), settings.get("seed"), image is not None),
+        fps=fps,
+        rows=rows,
+    )
+    ModelCard(card).save(folder / "README.md")
+
+
+def pipeline_keywords(sampling: dict, seed: int | None, has_image: bool) -> str:
+    """Return the lines of the card's call of the pipeline, a line for each keyword."""
+    lines = ""
+    for name, value in sampling.items():
+        lines += f"    {name}={value!r},\n"
+    if seed is not None:
+        lines += f"    generator=torch.Generator(device).manual_seed({seed}),\n"
+    if KIND == "image-to-video":
+        name = "first_frame.png" if has_image else "your_image.png"
+        lines += f'    image=load_image("{name}"),  # as wide and high as the video, or it is squeezed\n'
+    return lines
+
+
+def base_and_licence(base_model: str) -> tuple[str, dict]:
+    """Return the name of the base model, on the Hub if it is in the Hub's cache, and the card's fields of its
+    licence."""
+    cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/", f"{Path(base_model).absolute()}/")
+    if cached:
+        base_model = f"{cached[1]}/{cached[2]}"
+    elif Path(base_model).is_dir():
+        return base_model, {"license": "other"}
+    if "cogvideox-2b" in base_model.lower():
+        return base_model, {"license": "apache-2.0"}
+    if "cogvideox" in base_model.lower():
+        link = "https://huggingface.co/THUDM/CogVideoX-5b/blob/main/LICENSE"
+        return base_model, {"license": "other", "license_name": "cogvideox", "license_link": link}
+    return base_model, {"license": "other"}
 
 
 def check_hub_access(args: Namespace) -> str | None:
-    """The repository that --push_to_hub will upload to; made now if it does not exist. Raises RunError where the
-    upload could not be made, or would make public what is to be private."""
+    """Return the repository that --push_to_hub will upload to, which is made now if it does not exist. Raises RunError
+    where the upload could not be made, or would make public what is to be private."""
     if not args.push_to_hub:
         return None
-    api, repo_id = HfApi(token=args.hub_token), args.hub_model_id or Path(args.output_dir).resolve().name
+    api = HfApi(token=args.hub_token)
+    repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
     advice = "\n(`hf auth login`, or --hub_token with a token that may write there)"
     with explain(f"--push_to_hub: {repo_id} cannot be written on the Hub", advice=advice):
         repo_id = api.create_repo(repo_id, private=args.hub_private_repo or None, exist_ok=True).repo_id
@@ -2997,28 +3124,45 @@ def check_hub_access(args: Namespace) -> str | None:
 
 def command_line() -> None:
     """Run as a script: a problem with a name ends in one message a machine, and its exit code."""
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # ends child processes too
+    # Python runs no `finally` at a SIGTERM of its own accord. As an exit, it ends child processes, too.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     set_up_logging()
-    args, problem = ARGS or get_args(), None
+    args = ARGS or get_args()
     try:
         with logging_redirect_tqdm():
             main(args)
-    except RunError as error:
-        problem = error
-    except torch.OutOfMemoryError as error:
-        flags = ", ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in memory_flags(args))
-        text = f"the device has too little memory: {str(error).splitlines()[0]} What helps, the cheapest first"
-        problem = RunError(f"{text}: {flags}. tools/plan.py tells what a run needs.", exit_code=6)
-    except KeyboardInterrupt:
-        problem = RunError(f"interrupted; what is encoded is kept. {RESUME_HINT}", 128 + signal.SIGINT)
-    except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+    except (RunError, RuntimeError, KeyboardInterrupt) as error:
+        problem = named_problem(error, args)
+        if problem is None:
             raise
-        what = f"{OTHER_LOST}, or did not start ({str(error).splitlines()[0]})"
-        problem = RunError("\n".join([f"{what}. {RESUME_HINT}", *last_errors(Path(args.output_dir))]), exit_code=5)
-    if problem is None:
-        sys.exit(0)
-    is_own = dist.is_initialized() and not problem.is_shared  # no other process has it
+        end_with(problem)
+    sys.exit(0)
+
+
+def named_problem(error: BaseException, args: Namespace) -> RunError | None:
+    """Return what to tell the user of an error, or None for an error that nobody foresaw."""
+    if isinstance(error, RunError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return RunError(f"interrupted; what is encoded is kept. {RESUME_HINT}", 128 + signal.SIGINT)
+    text = str(error).split("\n")[0]
+    if isinstance(error, torch.OutOfMemoryError):
+        flags = []
+        for name, value in memory_flags(args):
+            flags.append(f"--{name}" if value is True else f"--{name} {value}")
+        text = f"the device has too little memory: {text} What helps, the cheapest first: {', '.join(flags)}."
+        return RunError(f"{text} tools/plan.py tells what a run needs.", exit_code=6)
+    # torch has no common kind for a lost connection: NCCL raises a DistError, gloo a RuntimeError with its name.
+    if isinstance(error, dist.DistError) or "gloo" in str(error):
+        lines = [f"{OTHER_LOST}, or did not start ({text}). {RESUME_HINT}", *last_errors(Path(args.output_dir))]
+        return RunError("\n".join(lines), exit_code=5)
+    return None
+
+
+def end_with(problem: RunError) -> None:
+    """End this process with the exit code of a problem, which is logged, and printed once a machine."""
+    # A problem that is not shared is known to no other process.
+    is_own = dist.is_initialized() and not problem.is_shared
     if is_first_process() or is_own:
         logger.propagate = False  # into the log file alone
         logger.error(problem)
@@ -3027,13 +3171,14 @@ def command_line() -> None:
         kind = "" if problem.exit_code > 128 else "error: "
         print(f"{Path(sys.argv[0]).name}: {rank}{kind}{problem}", file=sys.stderr, flush=True)
     if is_own:
-        os._exit(problem.exit_code)  # at a usual exit the process group would wait for the other processes
+        # At a usual exit the process group would wait for the other processes.
+        os._exit(problem.exit_code)
     sys.exit(problem.exit_code)
 
 
 def get_accelerator(args: Namespace) -> tuple[Accelerator, str]:
-    """Accelerate as the flags and its own configuration set it, and the name of its engine: "replicated" where each
-    process has all that trains. Raises RunError for an engine that is gone, or settings that do not fit."""
+    """Set up accelerate by the flags and by its own configuration. Return it, and the name of its engine: "replicated"
+    where each process has all that trains. Raises RunError for an engine that is gone, or settings that do not fit."""
     gone = "which is gone: take accelerate_configs/multi_gpu.yaml with --offload_base"
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         raise RunError(f"accelerate's configuration asks for FSDP, {gone}")
@@ -3041,7 +3186,8 @@ def get_accelerator(args: Namespace) -> tuple[Accelerator, str]:
     timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=args.nccl_timeout))
     # As a view, gradients take their memory once. The buffers are positions, up to 68 MB and equal in all processes.
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
-    autocast = AutocastKwargs(enabled=False)  # the base computes in its own dtype, as in the pipeline
+    # The base computes in its own dtype, as in the pipeline, so autocast has nothing to do.
+    autocast = AutocastKwargs(enabled=False)
     with explain("accelerate's configuration and these flags do not fit", (ValueError, ImportError)):
         accelerator = Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=args.mixed_precision,
@@ -3052,7 +3198,8 @@ def get_accelerator(args: Namespace) -> tuple[Accelerator, str]:
         raise RunError(f"accelerate's configuration says {accelerator.mixed_precision}: give --mixed_precision")
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise RunError("the launcher has started several processes, but each is alone: torch sees no GPU (nvidia-smi)")
-    if (steps := accelerator.gradient_accumulation_steps) != args.gradient_accumulation_steps:
+    steps = accelerator.gradient_accumulation_steps
+    if steps != args.gradient_accumulation_steps:
         raise RunError(f"accelerate's configuration says {steps}: give the same --gradient_accumulation_steps")
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return accelerator, "replicated"
@@ -3064,8 +3211,10 @@ def get_accelerator(args: Namespace) -> tuple[Accelerator, str]:
     config = plugin.deepspeed_config
     config["train_micro_batch_size_per_gpu"] = args.train_batch_size
     config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
-    config["gradient_clipping"] = args.max_grad_norm  # accelerate leaves clipping to DeepSpeed
-    config["zero_force_ds_cpu_optimizer"] = False  # the optimizer is the one of --optimizer, offloaded too
+    # accelerate leaves clipping to DeepSpeed.
+    config["gradient_clipping"] = args.max_grad_norm
+    # The optimizer is the one of --optimizer, also where its states are offloaded to the host.
+    config["zero_force_ds_cpu_optimizer"] = False
     # DeepSpeed computes with a copy of the LoRA in the compute dtype; it learns and sums gradients in fp32.
     config["communication_data_type"] = "fp32"
     config["data_types"] = config.get("data_types", {}) | {"grad_accum_dtype": "fp32"}
@@ -3075,18 +3224,22 @@ def get_accelerator(args: Namespace) -> tuple[Accelerator, str]:
 def log_device(accelerator: Accelerator) -> None:
     """Log what computes: the device, its memory, the compute dtype and the kernel that torch takes for attention. Warn
     of a CPU that nobody asked for."""
-    device, dtype = accelerator.device, DTYPES[accelerator.mixed_precision]
+    device = accelerator.device
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        name, memory = properties.name, properties.total_memory
+        name = properties.name
+        num_bytes = properties.total_memory
     else:
-        name, memory = device.type.upper(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        name = device.type.upper()
+        num_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    # torch does not say which kernel it will take, but the backward function of a result has the kernel's name.
+    dtype = DTYPES[accelerator.mixed_precision]
     query = torch.zeros(1, 1, 128, 64, dtype=dtype, device=device, requires_grad=True)  # [B, heads, S, d]
     backward_name = F.scaled_dot_product_attention(query, query, query).grad_fn.name()
-    kernel = re.match(r"ScaledDotProduct(\w+?)Attention", backward_name)
-    kernel = kernel[1].lower() if kernel else "unfused"
+    match = re.match(r"ScaledDotProduct(\w+?)Attention", backward_name)
+    kernel = match[1].lower() if match else "unfused"
     dtype_name = accelerator.mixed_precision.replace("no", "fp32")
-    logger.info(f"Device: {name}, {memory / 2**30:.1f} GiB, {dtype_name}, {kernel} attention")
+    logger.info(f"Device: {name}, {num_bytes / 2**30:.1f} GiB, {dtype_name}, {kernel} attention")
     if device.type == "cpu" and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs only: install a CUDA build"
         logger.warning(
@@ -3098,20 +3251,22 @@ def log_device(accelerator: Accelerator) -> None:
 
 
 def gather(value=None) -> list:
-    """Wait for all processes; returns the `value` of each, by rank. Raises, in all of them, a RunError among them."""
+    """Wait for all processes, and return the `value` of each, by rank. If one of them is a RunError, all processes
+    raise it."""
     values = [value]
     if dist.is_initialized():
         values = [None] * dist.get_world_size()
         dist.all_gather_object(values, value, group=waiting_group())
-    for error in (value for value in values if isinstance(value, RunError)):
-        error.is_shared = True
-        raise error
+    for gathered in values:
+        if isinstance(gathered, RunError):
+            gathered.is_shared = True
+            raise gathered
     return values
 
 
 @contextlib.contextmanager
 def shared_work() -> Iterator[None]:
-    """Work of which each process does its share: it ends when all have done theirs, or with the RunError of one."""
+    """Have each process do its share of some work. It ends when all have done theirs, or with the RunError of one."""
     problem = None
     try:
         yield
@@ -3121,15 +3276,19 @@ def shared_work() -> Iterator[None]:
 
 
 def in_first(action: Callable, *arguments):
-    """What `action` returns in the first process, the only one that does it. All raise a RunError that it raises."""
+    """Call `action` in the first process alone, and return its result in all. They all raise a RunError of it."""
+    value = None
     with shared_work():
-        value = action(*arguments) if is_first_process() else None
+        if is_first_process():
+            value = action(*arguments)
     return gather(value)[0]
 
 
-# Where processes wait while others encode or sample, which may take hours; a collective of the default group gives up
-# after --nccl_timeout seconds. A lost process is noticed at once.
-waiting_group = functools.cache(functools.partial(dist.new_group, backend="gloo", timeout=timedelta(days=1)))
+@functools.cache
+def waiting_group() -> dist.ProcessGroup:
+    """Return the group in which processes wait while others encode or sample, which may take hours: a collective of
+    the default group gives up after --nccl_timeout seconds. A lost process is noticed at once."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
 
 def is_first_process() -> bool:
@@ -3138,27 +3297,39 @@ def is_first_process() -> bool:
 
 
 class StopSignal:
-    """While it is installed, it notes SIGINT and SIGTERM: the loop finishes its step and writes a checkpoint. A second
+    """Note SIGINT and SIGTERM while it is installed: the loop finishes its step and writes a checkpoint. A second
     signal ends the process. Within a second it counts as the first one, which launchers pass on."""
 
-    number, noted_at = 0, 0.0
+    def __init__(self):
+        self.number = 0  # of the first signal
+        self.noted_at = 0.0
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        handlers = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, self.note)
         yield
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
     def note(self, number: int, _frame) -> None:
-        if self.number and time.monotonic() - self.noted_at > 1:
+        if not self.number:
+            self.number = number
+            self.noted_at = time.monotonic()
+        elif time.monotonic() - self.noted_at > 1:
             os._exit(128 + number)
-        self.number, self.noted_at = self.number or number, self.noted_at or time.monotonic()
+
+    def end_sampling(self, _pipe: PIPELINE, _step: int, _timestep, tensors: dict) -> dict:
+        """End a sample after a signal: the pipeline calls this after each denoising step. Raises InterruptedError."""
+        if self.number:
+            raise InterruptedError("a signal asks the run to stop")
+        return tensors
 
 
 @contextlib.contextmanager
 def stage(args: Namespace, name: str, step: int = 0) -> Iterator[None]:
-    """A part of the run whose duration is noted in stages.jsonl."""
+    """Note the duration of a part of the run in stages.jsonl."""
     started = time.perf_counter()
     yield
     if is_first_process():
@@ -3169,32 +3340,39 @@ def stage(args: Namespace, name: str, step: int = 0) -> Iterator[None]:
 def write_row(path: Path, row: dict) -> None:
     """Add a line of JSON, with the peak of device memory in bytes since the last such line (on the CPU: of host memory
     in all)."""
+    written = {}
+    for name, value in row.items():
+        is_number = not isinstance(value, float) or math.isfinite(value)
+        # JSON has no NaN and no Infinity, and every reader takes null.
+        written[name] = value if is_number else None
     if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
+        written["memory"] = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    # JSON has no NaN or Infinity: they become null, which every reader takes.
-    row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} | {"memory": peak}
+        written["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     with attempt(f"Writing {path.name}"), path.open("a") as file:
-        file.write(f"{json.dumps(row)}\n")
+        file.write(f"{json.dumps(written)}\n")
 
 
 def progress_bar(**keywords) -> tqdm:
-    """Progress of the first process: a bar on a terminal, else lines of the log."""
+    """Return the progress of the first process: a bar on a terminal, else lines of the log."""
     if not is_first_process() or sys.stderr.isatty():
         return tqdm(disable=not is_first_process(), **keywords)
     line = "{desc}: {n_fmt} of {total_fmt}, {elapsed} elapsed, {remaining} remaining, {rate_fmt}{postfix}"
-    bar = ProgressLog(file=io.StringIO(), bar_format=line, mininterval=10, miniters=1, smoothing=0, **keywords)
-    bar.last_print_t = -math.inf  # the first item is due at once
-    return bar
+    return ProgressLog(file=io.StringIO(), bar_format=line, mininterval=0, miniters=1, smoothing=0, **keywords)
 
 
 class ProgressLog(tqdm):
     """A progress bar for log files: a line at the first and the last item, and every 10 seconds between."""
 
+    logged = 0  # items at the last line
+    logged_at = -math.inf
+
     def display(self, *_arguments, **_keywords) -> None:
-        if self.n > self.last_print_n:
+        is_due = self.n == self.total or time.monotonic() >= self.logged_at + 10
+        if self.n > max(self.initial, self.logged) and is_due:
+            self.logged = self.n
+            self.logged_at = time.monotonic()
             logger.info(str(self))
 
 
@@ -3240,9 +3418,12 @@ def last_errors(output_dir: Path) -> list[str]:
         if rank == int(os.environ.get("RANK", 0)):
             continue
         path = output_dir / log_file_name(rank)
-        with contextlib.suppress(OSError):  # no such log, or no such folder
+        # There may be no such log, or no such folder.
+        with contextlib.suppress(OSError):
             is_of_this_run = path.stat().st_mtime >= (output_dir / "run.json").stat().st_mtime
-            records = re.split(r"^(?=\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} )", path.read_text().strip(), flags=re.M)
+            # A message may have several lines, so a record ends where a line begins with a time.
+            time_at_start = r"^(?=\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} )"
+            records = re.split(time_at_start, path.read_text().strip(), flags=re.MULTILINE)
             _, is_error, message = records[-1].partition(" ERROR ")
             if is_of_this_run and is_error and not message.startswith(OTHER_LOST):
                 found.append(f"rank {rank} ended: {message} ({path})")
@@ -3251,7 +3432,7 @@ def last_errors(output_dir: Path) -> list[str]:
 
 @contextlib.contextmanager
 def attempt(what: str) -> Iterator[None]:
-    """What the training does not depend on. A failure is logged, once if it repeats, and the run continues."""
+    """Do what the training does not depend on. A failure is logged, once if it repeats, and the run continues."""
     try:
         yield
     except Exception as error:  # trackers, full disks and networks raise many kinds
@@ -3264,7 +3445,8 @@ log_warning_once = functools.cache(logger.warning)
 
 def flush(path: Path) -> None:
     """Write a file, or the names in a folder, to the disk itself: a power cut can empty what is in memory."""
-    os.fsync(descriptor := os.open(path, os.O_RDONLY))
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
     os.close(descriptor)
 
 

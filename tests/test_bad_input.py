@@ -63,6 +63,7 @@ def test_flags_that_do_not_exist_or_are_missing_come_in_one_message(fail):
     said = fail(lerning_rate=1, pretrained_model_name_or_path=None, init_lora="nowhere")
     assert "  - unrecognized arguments: --lerning_rate 1 (did you mean --learning_rate?)" in said
     assert "  - --pretrained_model_name_or_path is missing" in said and "  - --init_lora nowhere is no LoRA" in said
+    assert said.count("  - ") == 3
 
 
 @BOTH

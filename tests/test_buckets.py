@@ -179,7 +179,7 @@ def test_buckets_are_encoded_once_and_resumed_exactly(script, run, many, caplog,
 
 def test_every_process_gets_as_many_batches(script):
     shapes = dict(enumerate([(8, 3, 8, 12)] * 5 + [(8, 5, 8, 12)] * 2 + [(8, 3, 12, 8)]))
-    samplers = [script.ShapeBatchSampler(shapes, 2, 0, share=(rank, 3)) for rank in range(3)]
+    samplers = [script.ShapeBatchSampler(shapes, 2, 0, process_index=rank, num_processes=3) for rank in range(3)]
     batches = [list(sampler) for sampler in samplers]
     assert {len(part) for part in batches} == {2}
     assert {key[0] for part in batches for batch in part for key in batch} == set(shapes)

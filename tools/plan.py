@@ -454,8 +454,9 @@ def plan(script: ModuleType, args: Namespace, num_processes: int = 1, gpu: str |
     sizes = [channels * flips * (f + has_image) * h * w * dtype.itemsize for f, h, w in shapes]
     prompt = transformer_config["max_text_seq_length"] * transformer_config["text_embed_dim"] * dtype.itemsize
     trained = dict(list(enumerate(shapes))[args.eval_split :])  # which ones are held out is drawn by the seed
-    share = (0, num_processes)
-    sampler = script.ShapeBatchSampler(trained, args.train_batch_size, 0, args.random_flip, share=share)
+    sampler = script.ShapeBatchSampler(
+        trained, args.train_batch_size, 0, args.random_flip, num_processes=num_processes
+    )
     steps_an_epoch = math.ceil(len(sampler) / args.gradient_accumulation_steps)
     limit = GPUS[gpu][0] - CUDA_CONTEXT if gpu else math.inf
     largest = max(shapes, key=math.prod)
