@@ -49,6 +49,8 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import errno
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -111,6 +113,7 @@ OTHER_MEMORY = 1.5 * 2**30
 SMALL_TILES = (144, 160)
 RESUME_HINT = "To continue, give the same command with --resume_from_checkpoint latest."
 OTHER_LOST = "another process of this run was lost"
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # What a resumed run takes from its checkpoint: the position in the data, and what was decided by the card's memory.
 RUN_STATE = ("seed", "step", "epoch", "batch", "is_encoded_in_tiles", "is_decoded_in_tiles")
 # These settings are kept in a checkpoint, and shown in the card.
@@ -497,7 +500,7 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, DynamoBackend, ProjectConfiguration, set_seed
 from accelerate.utils.dataclasses import AutocastKwargs
 from accelerate.utils.environment import parse_flag_from_env
 from accelerate.utils.memory import clear_device_cache
@@ -557,64 +560,84 @@ def main(args: Namespace) -> None:
     # As a checkpoint has them, so that the two can be compared: a tuple is a list there.
     settings = json.loads(json.dumps(settings))
     checkpoint = in_first(find_checkpoint, args, settings)
+    content = gather(read_training_state(checkpoint) if checkpoint else {})[0]
+    saved = content.get("state", {})
+    if content:
+        changes = content["settings"].get("changes", [])
+        for change in changed_settings(content, settings).values():
+            changes.append(f"step {saved['step']}: {change}")
+        if changes:
+            settings["changes"] = changes
     repo_id = in_first(check_hub_access, args)
-    in_first(make_output_folders, args, checkpoint, settings)
-    log_to_file(Path(args.output_dir))
-    in_first(start_trackers, args, accelerator)
-    if args.allow_tf32:
-        torch.set_float32_matmul_precision("high")
-    saved = gather(read_training_state(checkpoint)["state"] if checkpoint else {})[0]
-    seed = random.SystemRandom().getrandbits(31) if args.seed is None else args.seed
-    seed = saved.get("seed", gather(seed)[0])
+    earlier = in_first(read_json, Path(args.output_dir, "state.json"))
+    lock = in_first(make_output_folders, args, saved.get("step", -1))
+    with recorded(args, lock) as end, closing(accelerator):
+        log_to_file(Path(args.output_dir))
+        in_first(start_trackers, args, accelerator)
+        if args.allow_tf32:
+            torch.set_float32_matmul_precision("high")
+        seed = random.SystemRandom().getrandbits(31) if args.seed is None else args.seed
+        seed = saved.get("seed", gather(seed)[0])
 
-    # Each encoder is alone on the device, and freed before the transformer is loaded.
-    captions = [videos.prompt(index) for index in range(len(videos))]
-    prompts = captions + [sampled_from["prompt"] for sampled_from in validation_inputs(args)]
-    # The empty prompt is that of guidance, and of --caption_dropout.
-    prompts.append("")
-    with stage(args, "encoding prompts"):
-        prompt_files = precompute_prompts(args, accelerator, prompts, transformer_config["max_text_seq_length"])
-    largest_frame = max(height * width for _, height, width in videos.buckets)  # pixels
-    encoding = largest_frame * ENCODED_PIXEL * DTYPES[accelerator.mixed_precision].itemsize  # bytes
-    is_in_tiles = saved.get("is_encoded_in_tiles", needs_tiles(args, accelerator, encoding))
-    with stage(args, "encoding videos"):
-        video_files = precompute_videos(args, accelerator, videos, is_in_tiles)
-    clips = []
-    for files, caption, record in zip(video_files, captions, videos.records, strict=True):
-        # Clips that cannot be decoded have no files: --skip_bad_videos leaves them out.
-        if files is not None:
-            clips.append((files, prompt_files[caption], record.path))
-    folders = "--output_dir and --precompute_dir must be folders that all machines share"
-    with shared_work(), explain(folders, OSError):
-        Path(args.output_dir, "metrics.jsonl").stat()
-        dataset = LatentDataset(clips, prompt_files[""], args.eval_split, seed)
-    loader, sampler = get_dataloader(args, accelerator, dataset, seed)
-    steps_per_epoch = math.ceil(len(sampler) / args.gradient_accumulation_steps)
-    max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+        # Each encoder is alone on the device, and freed before the transformer is loaded.
+        captions = [videos.prompt(index) for index in range(len(videos))]
+        prompts = captions + [sampled_from["prompt"] for sampled_from in validation_inputs(args)]
+        # The empty prompt is that of guidance, and of --caption_dropout.
+        prompts.append("")
+        with stage(args, "encoding prompts"):
+            prompt_files = precompute_prompts(args, accelerator, prompts, transformer_config["max_text_seq_length"])
+        largest_frame = max(height * width for _, height, width in videos.buckets)  # pixels
+        encoding = largest_frame * ENCODED_PIXEL * DTYPES[accelerator.mixed_precision].itemsize  # bytes
+        is_in_tiles = saved.get("is_encoded_in_tiles", needs_tiles(args, accelerator, encoding))
+        with stage(args, "encoding videos"):
+            video_files = precompute_videos(args, accelerator, videos, is_in_tiles)
+        clips = []
+        for files, caption, record in zip(video_files, captions, videos.records, strict=True):
+            # Clips that cannot be decoded have no files: --skip_bad_videos leaves them out.
+            if files is not None:
+                clips.append((files, prompt_files[caption], record.path))
+        folders = "--output_dir and --precompute_dir must be folders that all machines share"
+        with shared_work(), explain(folders, OSError):
+            Path(args.output_dir, "metrics.jsonl").stat()
+            dataset = LatentDataset(clips, prompt_files[""], args.eval_split, seed)
+        loader, sampler = get_dataloader(args, accelerator, dataset, seed)
+        steps_per_epoch = math.ceil(len(sampler) / args.gradient_accumulation_steps)
+        max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+        if len(sampler) < args.gradient_accumulation_steps:
+            asked = f"--gradient_accumulation_steps {args.gradient_accumulation_steps} asks for"
+            logger.warning(f"An epoch has {len(sampler)} micro-batches, fewer than {asked}: a step has those alone.")
+        end["max_train_steps"] = max_train_steps
+        is_finished = earlier.get("state") == "finished" and in_first(Path(args.output_dir, LORA_FILE).is_file)
+        if is_finished and earlier["step"] >= saved.get("step", -1) >= max_train_steps:
+            end["step"] = earlier["step"]
+            steps = f"{checkpoint} is of step {saved['step']}, and {max_train_steps} are asked for"
+            logger.info(f"Nothing is left to train: {steps}. For more, raise --max_train_steps or --num_train_epochs.")
+            return
+        in_first(write_run_json, args, settings)
 
-    # The LoRA starts the same in all processes.
-    set_seed(seed)
-    # The others wait here for a process with a slow disk, as long as it takes. Else its first collective would time
-    # out.
-    with shared_work():
-        transformer = load_transformer(args, DTYPES[accelerator.mixed_precision])
-        lora = add_lora(transformer, args.rank, args.lora_alpha, args.lora_target_modules, args.lora_blocks)
-        if args.init_lora:
-            load_lora(transformer, open_lora(args.init_lora)[0])
-        noise_scheduler = CogVideoXDPMScheduler.from_pretrained(**pretrained_source(args, "scheduler"))
-    trained = prepare(args, accelerator, transformer, max_train_steps)
-    run = Run(
-        args, accelerator, *trained, noise_scheduler, vae_config, prompt_files, dataset, max_train_steps, settings,
-        seed, is_encoded_in_tiles=is_in_tiles,
-    )
-    # From here on each process draws its own noise.
-    set_seed(seed, device_specific=True)
-    if checkpoint is not None:
-        resume(run, checkpoint)
-    logger.info(f"Steps: {max_train_steps}, {steps_per_epoch} an epoch")
-    num_trainable = sum(parameter.numel() for parameter in lora)
-    logger.info(f"LoRA: {num_trainable:,} parameters of rank {args.rank}, applied at {args.lora_alpha / args.rank:g}")
-    try:
+        # The LoRA starts the same in all processes.
+        set_seed(seed)
+        # The others wait here for a process with a slow disk, as long as it takes. Else its first collective would
+        # time out.
+        with shared_work():
+            transformer = load_transformer(args, DTYPES[accelerator.mixed_precision])
+            lora = add_lora(transformer, args.rank, args.lora_alpha, args.lora_target_modules, args.lora_blocks)
+            if args.init_lora:
+                load_lora(transformer, open_lora(args.init_lora)[0])
+            noise_scheduler = CogVideoXDPMScheduler.from_pretrained(**pretrained_source(args, "scheduler"))
+        trained = prepare(args, accelerator, transformer, max_train_steps)
+        run = Run(
+            args, accelerator, *trained, noise_scheduler, vae_config, prompt_files, dataset, max_train_steps, settings,
+            seed, is_encoded_in_tiles=is_in_tiles,
+        )
+        # From here on each process draws its own noise.
+        set_seed(seed, device_specific=True)
+        if checkpoint is not None:
+            resume(run, checkpoint)
+        logger.info(f"Steps: {max_train_steps}, {steps_per_epoch} an epoch")
+        num_trainable = sum(parameter.numel() for parameter in lora)
+        strength = f"{args.lora_alpha / args.rank:g}"
+        logger.info(f"LoRA: {num_trainable:,} parameters of rank {args.rank}, applied at {strength}")
         with run.stop.installed():
             if run.step == 0:
                 # The base model's own videos, to compare with.
@@ -623,11 +646,7 @@ def main(args: Namespace) -> None:
         in_first(save_lora, run.base, Path(args.output_dir), lora_weights(run.base))
         logger.info(f"LoRA: {args.output_dir}/{LORA_FILE}. To use it: pipe.load_lora_weights({args.output_dir!r})")
         in_first(publish, run, run_validation(run, is_final=True), repo_id)
-    finally:
-        for tracker in accelerator.trackers:
-            with attempt(f"Closing {tracker.name}"):
-                tracker.finish()
-    accelerator.state.destroy_process_group()
+        end["step"] = run.step
 
 
 def train(run: Run, loader: DataLoader, sampler: ShapeBatchSampler) -> None:
@@ -640,13 +659,13 @@ def train(run: Run, loader: DataLoader, sampler: ShapeBatchSampler) -> None:
     while run.step < run.max_train_steps:
         sampler.epoch = run.epoch
         sampler.first_batch = run.batch
-        for batch in loader:
-            if not losses:
-                before_step = (run.batch, torch.get_rng_state(), torch.cuda.get_rng_state_all())
+        begin_step(run)
+        for batch in read_batches(run, loader):
+            left = len(sampler) - (run.batch - len(losses))  # micro-batches of this epoch, from this step on
             try:
-                loss, grad_norm = train_step(run, batch)
+                loss, grad_norm = train_step(run, batch, min(args.gradient_accumulation_steps, left))
             except Exception:
-                save_after_error(run, *before_step)
+                save_after_error(run)
                 raise
             losses.append(loss)
             run.batch += 1
@@ -673,6 +692,7 @@ def train(run: Run, loader: DataLoader, sampler: ShapeBatchSampler) -> None:
                 run_validation(run)
             losses = []
             started = time.perf_counter()
+            begin_step(run)
         else:
             run.epoch += 1
             run.batch = 0
@@ -681,9 +701,10 @@ def train(run: Run, loader: DataLoader, sampler: ShapeBatchSampler) -> None:
     progress.close()
 
 
-def train_step(run: Run, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Train on one micro-batch. After --gradient_accumulation_steps of them the LoRA changes. Return the loss, and the
-    norm of the gradients, which is None before that."""
+def train_step(run: Run, batch: dict[str, Tensor], num_micro_batches: int) -> tuple[Tensor, Tensor | None]:
+    """Train on one micro-batch. After `num_micro_batches` of them the LoRA changes: after
+    --gradient_accumulation_steps, or what is left of an epoch. Return the loss, and the norm of the gradients, which
+    is None before that."""
     args = run.args
     accelerator = run.accelerator
     grad_norm = None
@@ -691,7 +712,8 @@ def train_step(run: Run, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | Non
         latents, conditions = prepare_batch(batch, run.base.config, run.vae_config, args)
         with saving_activations(args):
             loss = diffusion_loss(run.transformer, run.noise_scheduler, latents, conditions)
-        accelerator.backward(loss)
+        # accelerate divides by --gradient_accumulation_steps, where the last step of an epoch may have fewer.
+        accelerator.backward(loss * (args.gradient_accumulation_steps / num_micro_batches))
         # Only the last micro-batch of a step has the gradients of all.
         if accelerator.sync_gradients:
             grad_norm = accelerator.clip_grad_norm_(run.transformer.parameters(), args.max_grad_norm)
@@ -995,7 +1017,8 @@ def add_lora(
         layer = transformer.get_submodule(name)
         if isinstance(layer, torch.nn.Linear):
             transformer.set_submodule(name, LoraLinear(layer, rank, lora_alpha))
-    return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    transformer.lora_names = sorted(lora_parameters(transformer))
+    return list(lora_parameters(transformer).values())
 
 
 def block_numbers(blocks: str) -> list[int]:
@@ -1061,6 +1084,8 @@ def save_lora(transformer: CogVideoXTransformer3DModel, folder: Path, weights: d
     """Write `weights`, of `lora_weights`, as LORA_FILE into `folder`, complete or not at all. Its metadata makes
     `pipe.load_lora_weights(folder)` apply alpha / rank, once. Raises RunError, code 1."""
     path = folder / LORA_FILE
+    if sorted(weights) != transformer.lora_names:
+        raise RunError(f"{path} cannot be written: its layers would have other names than the model's", exit_code=1)
     with explain(f"{path} cannot be written", (OSError, SafetensorError), exit_code=1):
         PIPELINE.save_lora_weights(
             folder, transformer_lora_layers=weights, weight_name=partial_name(path).name,
@@ -2522,7 +2547,9 @@ class Run:
     epoch: int = 0
     batch: int = 0  # micro-batches of this epoch that each process has taken
     is_encoded_in_tiles: bool = False
+    is_decoded_in_tiles: bool = False
     is_updating: bool = False  # the optimizer is changing the LoRA
+    before_step: tuple = ()  # batch and random states before the step that is being taken
 
     def __post_init__(self):
         self.stop = StopSignal()
@@ -2560,9 +2587,14 @@ def save_checkpoint(run: Run) -> None:
         is_written = True
     if all(gather(is_written)) and accelerator.is_main_process:
         with attempt(f"Writing {folder}"):
-            state = {name: getattr(run, name) for name in RUN_STATE}
+            others = list_checkpoints(folder.parent)
             content = {
-                "saved_at": time.time(), "settings": run.settings, "sizes": file_sizes(partial), "state": state
+                # The order of saving. The clock may go back, and steps do where an older checkpoint is resumed.
+                "number": read_training_state(others[-1]).get("number", 0) + 1 if others else 1,
+                "saved_at": time.time(),
+                "settings": run.settings,
+                "sizes": file_sizes(partial),
+                "state": {name: getattr(run, name) for name in RUN_STATE},
             }
             (partial / STATE_FILE).write_text(json.dumps(content, indent=1))
             for path in (*partial.rglob("*"), partial):
@@ -2589,13 +2621,13 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, the oldest first."""
-    saved_at = {}
+    """Return the complete checkpoints of a run, the one that was saved first before the others."""
+    order = {}
     for folder in output_dir.glob("checkpoint-*"):
         content = read_training_state(folder)
         if content:
-            saved_at[folder] = content["saved_at"]
-    return sorted(saved_at, key=saved_at.get)
+            order[folder] = (content.get("number", 0), content["saved_at"])  # older checkpoints have no number
+    return sorted(order, key=order.get)
 
 
 def find_checkpoint(args: Namespace, settings: dict) -> Path | None:
@@ -2623,36 +2655,39 @@ def find_checkpoint(args: Namespace, settings: dict) -> Path | None:
         if damaged:
             logger.warning(f"{folder} is damaged and passed over: {', '.join(damaged)}")
             continue
-        check_settings(folder, content["settings"], settings)
+        check_settings(folder, content, settings)
         return folder
     if wanted not in (None, "latest"):
         names = ", ".join(folder.name for folder in complete) or "none"
         raise RunError(f"--resume_from_checkpoint {wanted}: no complete checkpoint; {output_dir} has {names}")
-    found = list(output_dir.glob(LORA_FILE))
-    if not wanted:
-        found += [*output_dir.glob("metrics.jsonl"), *sorted(output_dir.glob("checkpoint-*"))]
-    nonempty = [path.name for path in found if path.stat().st_size]
-    if nonempty:
+    saved = [*output_dir.glob(LORA_FILE), *sorted(output_dir.glob("checkpoint-*"))]
+    metrics = [path for path in output_dir.glob("metrics.jsonl") if path.stat().st_size]
+    names = ", ".join(path.name for path in saved + metrics)
+    if wanted is None and (complete or (metrics and not saved)):
         ways = "resume it with --resume_from_checkpoint latest, or give another --output_dir"
-        raise RunError(f"--output_dir {output_dir} has a run already ({', '.join(nonempty)}): {ways}")
+        raise RunError(f"--output_dir {output_dir} has a run already ({names}): {ways}")
+    if saved:
+        loras = [*output_dir.glob(LORA_FILE), *output_dir.glob(f"checkpoint-*/{LORA_FILE}")]
+        loras.sort(key=lambda path: path.stat().st_mtime)
+        way = f"--init_lora {loras[-1].parent}, to start from its LoRA, and " if loras else ""
+        problem = "but no checkpoint that can be resumed: they are damaged, or another program wrote them"
+        raise RunError(f"--output_dir {output_dir} has a run ({names}), {problem}. Give {way}another --output_dir")
     if wanted:
         logger.info(f"--resume_from_checkpoint latest: {output_dir} has no checkpoint, so this is a fresh start")
+    if metrics:
+        logger.warning(f"{metrics[0]} is written anew: its run ended before its first checkpoint")
     return None
 
 
-def check_settings(folder: Path, saved: dict, settings: dict) -> None:
-    """Compare the settings of a run with those that its checkpoint was `saved` with. Warns of changes. Raises RunError
-    for those that the checkpoint does not fit."""
-    engine = saved.get("engine")
+def check_settings(folder: Path, content: dict, settings: dict) -> None:
+    """Compare the settings of a run with those of its checkpoint. Warns of changes. Raises RunError for those that the
+    checkpoint does not fit."""
+    engine = content["settings"].get("engine")
     if engine in ("deepspeed zero3", "fsdp2"):
         way = f"start a new run from its LoRA: --init_lora {folder} and another --output_dir"
         raise RunError(f"--resume_from_checkpoint: {folder} was written with {engine}, which is gone: {way}")
-    changed = {}
-    for name, value in settings.items():
-        old = saved.get(name, value)  # older checkpoints do not have all
-        if old != value:
-            changed[name] = f"{name} was {old}, is {value}"
-    fixed = {"rank", "lora_targets", "lora_blocks", "optimizer", "use_8bit_adam", "engine"}
+    changed = changed_settings(content, settings)
+    fixed = {"rank", "lora_targets", "lora_blocks", "optimizer", "use_8bit_adam", "engine", "seed"}
     # DeepSpeed writes a file of the optimizer for each process.
     if settings["engine"] != "replicated":
         fixed.add("num_processes")
@@ -2660,14 +2695,29 @@ def check_settings(folder: Path, saved: dict, settings: dict) -> None:
     if refused:
         raise RunError(f"--resume_from_checkpoint: {folder} does not fit these flags:\n{listing(refused)}")
     if changed:
-        changes = listing(list(changed.values()))
-        logger.warning(f"{folder} is resumed with other settings (its learning rate stays):\n{changes}")
+        step = content["state"]["step"]
+        logger.warning(f"From step {step} of {folder} on, the settings are others:\n{listing(list(changed.values()))}")
+
+
+def changed_settings(content: dict, settings: dict) -> dict[str, str]:
+    """Return what a checkpoint's training_state.json has other settings for, by name: "rank was 4, is 8"."""
+    changed = {}
+    for name, value in settings.items():
+        old = content["settings"].get(name, value)  # older checkpoints do not have all
+        if old != value:
+            changed[name] = f"{name} was {old}, is {value}"
+    return changed
 
 
 def read_training_state(folder: Path) -> dict:
-    """Return `saved_at`, `settings`, `state` and file `sizes` of a complete checkpoint; {} for another folder."""
+    """Return `number`, `settings`, `state` and file `sizes` of a complete checkpoint; {} for another folder."""
+    return read_json(folder / STATE_FILE)
+
+
+def read_json(path: Path) -> dict:
+    """Return what is in a JSON file, or {} where it is missing or damaged."""
     try:
-        return json.loads((folder / STATE_FILE).read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
 
@@ -2681,36 +2731,71 @@ def file_sizes(folder: Path) -> dict[str, int]:
     return sizes
 
 
-def make_output_folders(args: Namespace, checkpoint: Path | None, settings: dict) -> None:
-    """Make the folders that the run writes to, and run.json: what it was started with. Remove what an earlier run left
-    half-written there, and the lines of metrics.jsonl after the `checkpoint` that is resumed. Raises RunError."""
+def make_output_folders(args: Namespace, last_step: int) -> int:
+    """Make the folders that the run writes to. Remove what an earlier run left half-written there, and the lines of
+    metrics.jsonl after `last_step`, which the run writes again. Return the lock of the output folder. Raises RunError
+    where a checkpoint could not be written, and where another run writes."""
     output_dir = Path(args.output_dir)
     metrics = output_dir / "metrics.jsonl"
+    probe = output_dir / ".probe"
     with explain("--output_dir or --precompute_dir cannot be written", OSError):
         for folder in (output_dir / args.logging_dir, precompute_folder(args)):
             folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(output_dir)
         for partial in output_dir.glob(".*.partial"):
             if partial.is_dir():
                 shutil.rmtree(partial)
             else:
                 partial.unlink()
+        # A folder and a file are written here as a checkpoint is: what fails, fails before hours of training.
+        shutil.rmtree(probe, ignore_errors=True)
+        partial_name(probe).mkdir()
+        flush(partial_name(probe))
+        os.replace(partial_name(probe), probe)
+        probe.rmdir()
         kept = ""
-        if checkpoint and metrics.exists():
-            last_step = read_training_state(checkpoint)["state"]["step"]
-            for line in metrics.read_text().splitlines():
-                # A kill may have cut a line short.
-                if line.startswith("{") and line.endswith("}"):
-                    row = json.loads(line)
-                    if row["step"] <= last_step:
-                        kept += f"{json.dumps(row)}\n"
-        metrics.write_text(kept)
-        started_with = {
-            "kind": KIND,
-            "command": shlex.join(sys.argv),
-            "args": vars(args) | {"hub_token": None},
-            "settings": settings,
-        }
-        (output_dir / "run.json").write_text(json.dumps(started_with, indent=1))
+        num_removed = 0
+        for line in metrics.read_text(errors="replace").splitlines() if metrics.exists() else []:
+            # A kill, or a full disk, may have cut a line short.
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                if json.loads(line)["step"] <= last_step:
+                    kept += f"{line}\n"
+                    continue
+            num_removed += 1
+        if num_removed:
+            lines = f"those after step {last_step}, which are trained again, and what is cut short"
+            logger.info(f"{num_removed} lines of {metrics} are removed: {lines}")
+        partial_name(metrics).write_text(kept)
+        put_in_place(partial_name(metrics), metrics)
+    return lock
+
+
+def write_run_json(args: Namespace, settings: dict) -> None:
+    """Write run.json: what the run was started with. Raises RunError."""
+    path = Path(args.output_dir, "run.json")
+    started_with = {
+        "kind": KIND,
+        "command": shlex.join(sys.argv),
+        "args": vars(args) | {"hub_token": None},
+        "settings": settings,
+    }
+    with explain(f"{path} cannot be written", OSError):
+        path.write_text(json.dumps(started_with, indent=1))
+
+
+def lock_folder(output_dir: Path) -> int:
+    """Keep other runs out of the output folder until the file descriptor that is returned is closed, or this process
+    ends. Raises RunError if another run is there."""
+    descriptor = os.open(output_dir / ".lock", os.O_RDWR | os.O_CREAT)
+    os.utime(descriptor)
+    try:
+        # Unlike those of flock, these locks end with the process, whatever its child processes do.
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise RunError(f"--output_dir {output_dir}: another run writes there at this moment") from error
+        # Some network file systems have no locks.
+    return descriptor
 
 
 def resume(run: Run, folder: Path) -> None:
@@ -2719,6 +2804,8 @@ def resume(run: Run, folder: Path) -> None:
     accelerator = run.accelerator
     content = read_training_state(folder)
     saved = content["settings"]
+    schedule = run.lr_scheduler.scheduler
+    rates = getattr(schedule, "base_lrs", [])  # of the flags; `load_state` brings those of the checkpoint
     for name in RUN_STATE:
         setattr(run, name, content["state"].get(name, getattr(run, name)))  # older checkpoints do not have all
     # A process without generators in the checkpoint must not draw the run's first noise again.
@@ -2728,16 +2815,46 @@ def resume(run: Run, folder: Path) -> None:
         load_lora(run.base, folder / LORA_FILE)
     # The frozen base is not in a checkpoint, hence not strict.
     accelerator.load_state(str(folder), load_module_strict=False)
+    accelerator.step = 0  # micro-batches of a step that has begun: a checkpoint has none
+    if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):  # else DeepSpeed's configuration defines it
+        before = schedule.get_last_lr()[0]
+        schedule.base_lrs = rates
+        for group, rate, factor in zip(schedule.optimizer.param_groups, rates, schedule.lr_lambdas, strict=True):
+            group["initial_lr"] = rate
+            group["lr"] = rate * factor(schedule.last_epoch)
+        after = schedule.optimizer.param_groups[0]["lr"]
+        if not math.isclose(before, after, rel_tol=1e-6, abs_tol=1e-12):
+            why = "the flags of the learning rate or the number of steps have changed"
+            logger.warning(f"The learning rate after step {run.step} was {before:.3g}, and is {after:.3g}: {why}")
     clips = run.batch * saved["train_batch_size"] * saved["num_processes"]  # taken of this epoch
     run.batch = clips // (run.settings["train_batch_size"] * run.settings["num_processes"])
     logger.info(f"Resumed {folder}: step {run.step}, epoch {run.epoch + 1}, batch {run.batch} of it")
 
 
-def save_after_error(run: Run, batch: int, random_state: Tensor, cuda_states: list) -> None:
-    """Write a checkpoint of the last complete step after an error in a forward or backward pass. The failed step began
-    at `batch`, with these states of the random generators. Only a single process does: of several, others may be
-    lost."""
+def begin_step(run: Run) -> None:
+    """Note where the data and the random generators are before a step. After an error, the run continues there."""
+    run.before_step = (run.batch, torch.get_rng_state(), torch.cuda.get_rng_state_all())
+
+
+def read_batches(run: Run, loader: DataLoader) -> Iterator[dict[str, Tensor]]:
+    """Yield the batches of an epoch. If one cannot be read, the steps that were taken are saved. Raises RunError."""
+    try:
+        yield from loader
+    except Exception as error:  # of this process, or handed over by a worker with its traceback
+        save_after_error(run)
+        problem = str(error).strip().split("\n")[-1]
+        if "shared memory" in str(error) or "Bus error" in str(error):
+            advice = "--dataloader_num_workers 0 needs no shared memory; a container gets more by --shm-size 8g"
+        else:
+            advice = "the same command encodes again what is missing"
+        raise RunError(f"the next clips cannot be read: {problem}. {advice}. {RESUME_HINT}") from error
+
+
+def save_after_error(run: Run) -> None:
+    """Write a checkpoint of the last complete step after an error. Only a single process does: of several, others may
+    be lost."""
     if run.accelerator.num_processes == 1 and run.step and not run.is_updating:  # else the LoRA may be half changed
+        batch, random_state, cuda_states = run.before_step
         torch.set_rng_state(random_state)
         torch.cuda.set_rng_state_all(cuda_states)
         run.batch = batch  # the micro-batches of the failed step will be taken again
@@ -2974,6 +3091,8 @@ def save_model_card(
     rows = ""
     for name, value in settings.items():
         has_no_effect = name == "lr_warmup_steps" and settings.get("lr_scheduler") == "constant"
+        if name == "changes":
+            value = "; ".join(value)
         if value not in (None, False) and not has_no_effect:
             rows += f"| {name.replace('_', ' ')} | {value} |\n"
     metadata = ModelCardData(
@@ -3053,18 +3172,22 @@ def check_hub_access(args: Namespace) -> str | None:
 
 def command_line() -> None:
     """Run as a script: a problem with a name ends in one message a machine, and its exit code."""
-    # Python runs no `finally` at a SIGTERM of its own accord. As an exit, it ends child processes, too.
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    # Python runs no `finally` at these signals of its own accord. As an exit, they end child processes, too.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, _frame: sys.exit(128 + number))
     set_up_logging()
     args = ARGS or get_args()
     try:
         with logging_redirect_tqdm():
             main(args)
-    except (RunError, RuntimeError, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:
         problem = named_problem(error, args)
-        if problem is None:
-            raise
-        end_with(problem)
+        if problem is not None:
+            end_with(problem)
+        logger.propagate = False  # into the log file alone: Python prints it
+        logger.exception("an error that nobody foresaw")
+        raise
     sys.exit(0)
 
 
@@ -3127,6 +3250,9 @@ def get_accelerator(args: Namespace) -> tuple[Accelerator, str]:
         raise RunError(f"accelerate's configuration says {accelerator.mixed_precision}: give --mixed_precision")
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise RunError("the launcher has started several processes, but each is alone: torch sees no GPU (nvidia-smi)")
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        backend = f"the dynamo backend {accelerator.state.dynamo_plugin.backend.value.lower()}"
+        raise RunError(f"accelerate's configuration asks for {backend}: leave it out, and give --compile")
     steps = accelerator.gradient_accumulation_steps
     if steps != args.gradient_accumulation_steps:
         raise RunError(f"accelerate's configuration says {steps}: give the same --gradient_accumulation_steps")
@@ -3226,7 +3352,7 @@ def is_first_process() -> bool:
 
 
 class StopSignal:
-    """Note SIGINT and SIGTERM while it is installed: the loop finishes its step and writes a checkpoint. A second
+    """Note STOP_SIGNALS while it is installed: the loop finishes its step and writes a checkpoint. A second
     signal ends the process. Within a second it counts as the first one, which launchers pass on."""
 
     def __init__(self):
@@ -3236,11 +3362,14 @@ class StopSignal:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         handlers = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handlers[number] = signal.signal(number, self.note)
-        yield
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                handlers[number] = signal.signal(number, self.note)
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
     def note(self, number: int, _frame) -> None:
         if not self.number:
@@ -3260,10 +3389,56 @@ class StopSignal:
 def stage(args: Namespace, name: str, step: int = 0) -> Iterator[None]:
     """Note the duration of a part of the run in stages.jsonl."""
     started = time.perf_counter()
-    yield
-    if is_first_process():
+    try:
+        yield
+    finally:
         row = {"step": step, "stage": name, "seconds": round(time.perf_counter() - started, 3)}
-        write_row(Path(args.output_dir, "stages.jsonl"), row)
+        if is_first_process():
+            write_row(Path(args.output_dir, "stages.jsonl"), row)
+
+
+@contextlib.contextmanager
+def recorded(args: Namespace, lock: int) -> Iterator[dict]:
+    """Keep in state.json whether the run is going, finished, stopped by a signal or failed, and why. Yield a dict for
+    what else it says at the end: `step` and `max_train_steps`. Then other runs may write: `lock` is released."""
+    path = Path(args.output_dir, "state.json")
+    end = {}
+    if is_first_process():
+        write_state(path, state="going")
+    try:
+        yield end
+    except BaseException as error:
+        problem = named_problem(error, args)
+        is_stopped = isinstance(error, SystemExit) or (problem is not None and problem.exit_code > 128)
+        if is_first_process() or problem is None or not problem.is_shared:
+            message = str(problem or f"{type(error).__name__}: {error}")
+            write_state(path, state="stopped" if is_stopped else "failed", message=message, **end)
+        raise
+    else:
+        if is_first_process():
+            write_state(path, state="finished", **end)
+    finally:
+        if is_first_process():
+            os.close(lock)
+
+
+def write_state(path: Path, **content) -> None:
+    """Write state.json, complete or not at all."""
+    with attempt(f"Writing {path.name}"):
+        partial_name(path).write_text(json.dumps(content, indent=1))
+        put_in_place(partial_name(path), path)
+
+
+@contextlib.contextmanager
+def closing(accelerator: Accelerator) -> Iterator[None]:
+    """Close the trackers at the end, and the process group after a run without errors."""
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            with attempt(f"Closing {tracker.name}"):
+                tracker.finish()
+    accelerator.state.destroy_process_group()
 
 
 def write_row(path: Path, row: dict) -> None:
@@ -3349,7 +3524,7 @@ def last_errors(output_dir: Path) -> list[str]:
         path = output_dir / log_file_name(rank)
         # There may be no such log, or no such folder.
         with contextlib.suppress(OSError):
-            is_of_this_run = path.stat().st_mtime >= (output_dir / "run.json").stat().st_mtime
+            is_of_this_run = path.stat().st_mtime >= (output_dir / ".lock").stat().st_mtime
             # A message may have several lines, so a record ends where a line begins with a time.
             time_at_start = r"^(?=\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} )"
             records = re.split(time_at_start, path.read_text().strip(), flags=re.MULTILINE)
@@ -3364,6 +3539,8 @@ def attempt(what: str) -> Iterator[None]:
     """Do what the training does not depend on. A failure is logged, once if it repeats, and the run continues."""
     try:
         yield
+    except InterruptedError as error:  # of `end_sampling`, and no failure
+        logger.info(f"{what} ends: {error}")
     except Exception as error:  # trackers, full disks and networks raise many kinds
         log_error_once(f"{what} failed; training does not depend on it: {type(error).__name__}: {error}")
 
@@ -3373,10 +3550,18 @@ log_warning_once = functools.cache(logger.warning)
 
 
 def flush(path: Path) -> None:
-    """Write a file, or the names in a folder, to the disk itself: a power cut can empty what is in memory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    """Write a file, or the names in a folder, to the disk itself: a power cut can empty what is in memory. Some file
+    systems (FUSE, network) cannot do that for a folder."""
+    is_folder = path.is_dir()
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        if not is_folder:
+            raise
 
 
 def partial_name(path: Path) -> Path:
@@ -3389,7 +3574,8 @@ def put_in_place(partial: Path, path: Path) -> None:
     to their owner alone (safetensors issue 782)."""
     umask = os.umask(0)
     os.umask(umask)
-    partial.chmod(0o666 & ~umask)
+    with contextlib.suppress(OSError):  # file systems without access rights refuse it
+        partial.chmod(0o666 & ~umask)
     flush(partial)
     os.replace(partial, path)
     flush(path.parent)

@@ -338,7 +338,7 @@ def launch(script, flags, tmp_path):
         processes: int = 1, prepare: Callable | None = None, machines: int = 1, environment: dict | None = None,
         **changes,
     ):  # fmt: skip
-        words, port = flags(**changes), str(20000 + (os.getpid() * 97 + len(started)) % 20000)
+        words, port = flags(**changes), str(20000 + (os.getpid() * 97 + len(started)) % 12000)
         children, on_one, common = [], processes // machines, environment or {}
         for rank in range(processes):
             environment = common

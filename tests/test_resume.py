@@ -202,7 +202,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("left", ["checkpoint-2", "metrics.jsonl", "pytorch_lora_weights.safetensors"])
+@pytest.mark.parametrize("left", ["checkpoint-2", "metrics.jsonl"])
 def test_folder_of_an_earlier_run_is_refused(script, run, finished, tmp_path, left):
     """Whatever is left of the run; nothing in the folder changes."""
     output = tmp_path / "earlier"
@@ -221,8 +221,35 @@ def test_latest_starts_where_there_is_no_checkpoint(script, run, tmp_path, caplo
     output = run(output_dir=tmp_path / "new", max_train_steps=1, resume_from_checkpoint="latest")
     assert "so this is a fresh start" in caplog.text and checkpoints(output) == ["checkpoint-1"]
     shutil.rmtree(output / "checkpoint-1")
-    with pytest.raises(script.RunError, match="has a run already"):  # its LoRA would be overwritten
-        run(output_dir=output, max_train_steps=1, resume_from_checkpoint="latest")
+    (output / script.LORA_FILE).unlink()
+    caplog.clear()  # what is left is of a run that was killed before its first checkpoint
+    run(output_dir=output, max_train_steps=1, resume_from_checkpoint="latest")
+    assert "metrics.jsonl is written anew" in caplog.text and len(read_metrics(output)) == 1
+
+
+@pytest.mark.parametrize("flag", [None, "latest"])
+@pytest.mark.parametrize("left", ["LoRA alone", "checkpoints of the original scripts", "damaged checkpoints"])
+def test_a_run_that_cannot_be_resumed_is_never_overwritten(script, run, finished, tmp_path, left, flag):
+    """The original scripts' checkpoints have no training_state.json. All scripts/ with several GPUs give `latest`."""
+    output = tmp_path / "earlier"
+    output.mkdir()
+    if left == "LoRA alone":
+        shutil.copy(finished / "output" / script.LORA_FILE, output)
+    else:
+        for number in (2, 4):
+            shutil.copytree(finished / "output" / f"checkpoint-{number}", output / f"checkpoint-{number}")
+            if left == "damaged checkpoints":
+                (output / f"checkpoint-{number}" / "optimizer.bin").write_bytes(b"")
+            else:
+                (output / f"checkpoint-{number}" / "training_state.json").unlink()
+    before = content(output)
+    with pytest.raises(script.RunError, match="no checkpoint that can be resumed|has a run already") as error:
+        run(output_dir=output, resume_from_checkpoint=flag)
+    assert error.value.exit_code == 2 and content(output) == before
+    if flag == "latest" or left != "damaged checkpoints":
+        source = output if left == "LoRA alone" else output / "checkpoint-4"
+        assert f"Give --init_lora {source}, to start from its LoRA, and another --output_dir" in str(error.value)
+        assert "--resume_from_checkpoint latest" not in str(error.value)
 
 
 DAMAGES = {"optimizer.bin": "empty", "scheduler.bin": "missing", "random_states_0.pkl": "empty"}
