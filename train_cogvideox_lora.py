@@ -278,14 +278,15 @@ def get_args(argv: list[str] | None = None) -> Namespace:
     lora["lora_target_modules"] = LORA_TARGETS
     if args.init_lora:
         try:
-            _, lora = open_lora(args.init_lora)
+            lora = dict(open_lora(args.init_lora)[1])
         except RunError as error:
             parser.error(listing([*problems, str(error)]))
     for name, value in lora.items():
         given = getattr(args, name)
         if given is not None and name == "lora_target_modules":
             given = layer_names(given)
-        if given is not None and not args.init_lora:
+        # With another alpha, `load_lora` changes the matrices, so that the LoRA starts as strong as it is.
+        if given is not None and (not args.init_lora or name == "lora_alpha"):
             lora[name] = given
         elif given not in (None, value):
             problems.append(f"--{name} is {given}, but {value} in --init_lora {args.init_lora}")
@@ -381,10 +382,14 @@ def open_lora(source: str) -> tuple[Path, dict]:
                     numbers.update(map(int, re.findall(r"transformer_blocks\.(\d+)\.", layer)))
         config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
         rank = max(ranks)
+    if len(ranks) > 1 or config.get("transformer.rank_pattern") or config.get("transformer.alpha_pattern"):
+        raise RunError(f"--init_lora {source}: its layers differ in rank or alpha, which cannot be trained here")
     blocks = None
     if config.get("transformer.layers_to_transform"):
         blocks = f"{min(numbers)}-{max(numbers)}"
     alpha = config.get("transformer.lora_alpha", rank)
+    if config.get("transformer.use_rslora"):
+        alpha *= math.sqrt(rank)  # its strength is alpha / sqrt(rank)
     return path, {
         "rank": rank, "lora_alpha": alpha, "lora_target_modules": layer_names(layers), "lora_blocks": blocks
     }
@@ -623,7 +628,8 @@ def main(args: Namespace) -> None:
             transformer = load_transformer(args, DTYPES[accelerator.mixed_precision])
             lora = add_lora(transformer, args.rank, args.lora_alpha, args.lora_target_modules, args.lora_blocks)
             if args.init_lora:
-                load_lora(transformer, open_lora(args.init_lora)[0])
+                file, lora_settings = open_lora(args.init_lora)
+                load_lora(transformer, file, lora_settings["lora_alpha"] / args.lora_alpha)
             noise_scheduler = CogVideoXDPMScheduler.from_pretrained(**pretrained_source(args, "scheduler"))
         trained = prepare(args, accelerator, transformer, max_train_steps)
         run = Run(
@@ -643,7 +649,7 @@ def main(args: Namespace) -> None:
                 # The base model's own videos, to compare with.
                 run_validation(run)
             train(run, loader, sampler)
-        in_first(save_lora, run.base, Path(args.output_dir), lora_weights(run.base))
+        in_first(save_lora, run.base, Path(args.output_dir), lora_weights(run.base), True)
         logger.info(f"LoRA: {args.output_dir}/{LORA_FILE}. To use it: pipe.load_lora_weights({args.output_dir!r})")
         in_first(publish, run, run_validation(run, is_final=True), repo_id)
         end["step"] = run.step
@@ -1080,28 +1086,39 @@ def lora_weights(transformer: CogVideoXTransformer3DModel) -> dict[str, Tensor]:
     return weights
 
 
-def save_lora(transformer: CogVideoXTransformer3DModel, folder: Path, weights: dict[str, Tensor]) -> None:
+def save_lora(
+    transformer: CogVideoXTransformer3DModel, folder: Path, weights: dict[str, Tensor], is_for_use: bool = False
+) -> None:
     """Write `weights`, of `lora_weights`, as LORA_FILE into `folder`, complete or not at all. Its metadata makes
-    `pipe.load_lora_weights(folder)` apply alpha / rank, once. Raises RunError, code 1."""
+    `pipe.load_lora_weights(folder)` apply alpha / rank, once. `is_for_use`: alpha / rank is multiplied into B, and
+    alpha becomes the rank, since some programs take the matrices alone. Raises RunError, code 1."""
     path = folder / LORA_FILE
+    metadata = dict(transformer.lora_metadata)
     if sorted(weights) != transformer.lora_names:
         raise RunError(f"{path} cannot be written: its layers would have other names than the model's", exit_code=1)
+    if is_for_use:
+        strength = metadata["lora_alpha"] / metadata["r"]
+        metadata["lora_alpha"] = metadata["r"]
+        weights = {name: weight * strength if ".lora_B." in name else weight for name, weight in weights.items()}
     with explain(f"{path} cannot be written", (OSError, SafetensorError), exit_code=1):
         PIPELINE.save_lora_weights(
             folder, transformer_lora_layers=weights, weight_name=partial_name(path).name,
-            transformer_lora_adapter_metadata=transformer.lora_metadata,
+            transformer_lora_adapter_metadata=metadata,
         )
         put_in_place(partial_name(path), path)
 
 
-def load_lora(transformer: CogVideoXTransformer3DModel, path: Path) -> None:
-    """Read the file `path` into the LoRA of `transformer`. Raises RunError if they do not fit."""
+def load_lora(transformer: CogVideoXTransformer3DModel, path: Path, factor: float = 1.0) -> None:
+    """Read the file `path` into the LoRA of `transformer`. Its B are multiplied by `factor`, which makes up for
+    another alpha. Raises RunError if file and LoRA do not fit."""
     saved = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
     parameters = lora_parameters(transformer)
     if saved.keys() != parameters.keys() or any(saved[name].shape != parameters[name].shape for name in saved):
         raise RunError(f"{path} does not fit the layers and the rank of this run")
     for name, parameter in parameters.items():
         parameter.data.copy_(saved[name])
+        if ".lora_B." in name:
+            parameter.data *= factor
 
 
 class CogVideoXBlock(diffusers_cogvideox.CogVideoXBlock):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from conftest import ROOT
 from safetensors import safe_open
@@ -178,7 +178,7 @@ def test_a_checkpoint_of_another_engine_is_refused(script, run, deepspeed):
 
 def test_a_checkpoint_of_deepspeed_is_refused_to_another_number_of_processes(script, tmp_path, caplog):
     words = ["--pretrained_model_name_or_path", "m", "--resume_from_checkpoint", str(tmp_path)]
-    args, content = script.get_args(words), {"saved_at": 1, "state": {}, "sizes": {}}
+    args, content = script.get_args(words), {"saved_at": 1, "state": {"step": 3}, "sizes": {}}
     for engine in ("deepspeed zero2", "replicated"):
         settings = {"engine": engine, "num_processes": 2}
         (tmp_path / "training_state.json").write_text(json.dumps(content | {"settings": settings}))
@@ -200,7 +200,10 @@ def test_two_values_for_accumulation_are_refused(launch):
 def test_levers_that_deepspeed_does_not_take_are_refused(script, flags, monkeypatch, lever):
     accelerator = SimpleNamespace(
         mixed_precision="bf16", gradient_accumulation_steps=1, distributed_type=DistributedType.DEEPSPEED,
-        state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=2)), num_processes=1,
+        state=SimpleNamespace(
+            deepspeed_plugin=SimpleNamespace(zero_stage=2), dynamo_plugin=SimpleNamespace(backend=DynamoBackend.NO)
+        ),
+        num_processes=1,
     )  # fmt: skip
     monkeypatch.setattr(script, "Accelerator", lambda **_: accelerator)
     with pytest.raises(script.RunError, match="do not work with DeepSpeed") as error:

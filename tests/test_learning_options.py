@@ -1,6 +1,7 @@
 """Caption dropout, held-out clips, a LoRA to start from, and the layers that get one."""
 
 import json
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -196,7 +197,7 @@ def test_it_starts_from_a_lora(script, run):
             torch.testing.assert_close(tensor, weights[name], rtol=1e-5, atol=1e-8)
         with safe_open(output / script.LORA_FILE, framework="pt") as file:
             metadata = json.loads(file.metadata()["lora_adapter_metadata"])
-        assert (metadata["transformer.r"], metadata["transformer.lora_alpha"]) == (3, 6)
+        assert (metadata["transformer.r"], metadata["transformer.lora_alpha"]) == (3, 3)
         assert metadata["transformer.target_modules"] == ["to_v", "ff.net.2"]
 
 
@@ -211,18 +212,58 @@ def test_a_lora_on_the_hub(script, run, flags, monkeypatch):
     output = run(rank=4, lora_alpha=2)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name: {"me/lora": output}[repo] / name)
     args = script.get_args(flags(init_lora="me/lora", rank=None, lora_alpha=None))
-    assert (args.rank, args.lora_alpha, args.lora_target_modules) == (4, 2, FOUR)
+    assert (args.rank, args.lora_alpha, args.lora_target_modules) == (4, 4, FOUR)
+
+
+@pytest.mark.parametrize("source", ["", "checkpoint-2"])
+def test_another_alpha_leaves_the_lora_as_strong_as_it_is(script, run, source):
+    """Given with --init_lora, alpha decides how the LoRA learns from then on: B is divided by what it adds."""
+    earlier = run(rank=4, lora_alpha=2, learning_rate=1e-2)
+    output = run(init_lora=earlier / source, rank=None, lora_alpha=16, learning_rate=1e-12, max_train_steps=1)
+    before, after = (load_file(folder / script.LORA_FILE) for folder in (earlier, output))
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=1e-5, atol=1e-8)
+    trained = load_file(output / "checkpoint-1" / script.LORA_FILE)
+    for name in filter(lambda name: "lora_B" in name, trained):
+        torch.testing.assert_close(trained[name] * (16 / 4), before[name], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(("field", "value", "alpha"), [("use_rslora", True, 4), ("use_rslora", False, 2)])
+def test_the_strength_of_a_lora_is_the_one_that_its_file_says(script, run, flags, tmp_path, field, value, alpha):
+    """rsLoRA divides alpha by the square root of the rank, here 2."""
+    path = with_metadata(script, run, tmp_path, {field: value})
+    args = script.get_args(flags(init_lora=path, rank=None, lora_alpha=None))
+    assert (args.rank, args.lora_alpha) == (4, alpha)
+
+
+@pytest.mark.parametrize("field", ["alpha_pattern", "rank_pattern"])
+def test_a_lora_whose_layers_differ_is_refused(script, run, flags, tmp_path, capsys, field):
+    path = with_metadata(script, run, tmp_path, {field: {"transformer_blocks.0.attn1.to_k": 8}})
+    with pytest.raises(SystemExit) as error:
+        script.get_args(flags(init_lora=path, rank=None, lora_alpha=None))
+    assert error.value.code == 2 and "its layers differ in rank or alpha" in capsys.readouterr().err
+
+
+def with_metadata(script, run, folder: Path, changes: dict) -> Path:
+    """A LoRA of rank 4 and alpha 2 whose metadata has other fields."""
+    source = run(rank=4, lora_alpha=2) / "checkpoint-2" / script.LORA_FILE
+    with safe_open(source, framework="pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    metadata |= {f"transformer.{name}": value for name, value in changes.items()}
+    text = {"format": "pt", "lora_adapter_metadata": json.dumps(metadata)}
+    save_file(load_file(source), folder / "changed.safetensors", text)
+    return folder / "changed.safetensors"
 
 
 def test_flags_that_contradict_the_lora_are_refused_with_both_values(script, run, flags, capsys, tmp_path):
     output = run(rank=4, lora_alpha=2)
-    agrees = flags(init_lora=output, rank=4, lora_alpha=2, lora_target_modules=["to_out.0", "to_q", "to_k", "to_v"])
+    agrees = flags(init_lora=output, rank=4, lora_alpha=4, lora_target_modules=["to_out.0", "to_q", "to_k", "to_v"])
     assert script.get_args(agrees).lora_target_modules == FOUR
     with pytest.raises(SystemExit) as error:
         script.get_args(flags(init_lora=output, rank=8, lora_alpha=3, lora_target_modules=["to_q"]))
     said = capsys.readouterr().err
     assert error.value.code == 2 and f"--rank is 8, but 4 in --init_lora {output}" in said
-    assert "--lora_alpha is 3.0, but 2" in said and f"--lora_target_modules is ['to_q'], but {FOUR}" in said
+    assert "--lora_alpha" not in said and f"--lora_target_modules is ['to_q'], but {FOUR}" in said
     (tmp_path / "bad.safetensors").write_bytes(b"no LoRA")
     for source in (tmp_path / "bad.safetensors", tmp_path, "no/where"):
         with pytest.raises(SystemExit) as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BOTH
+from conftest import ONLY_I2V
 from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import load, load_file
 from test_interruptions import ENDLESS, at_call, checkpoints, signal_at_step_3
@@ -383,10 +383,8 @@ def test_signals_and_stages_are_undone_after_an_error(script, tmp_path):
     assert re.match(r'{"step": 0, "stage": "sampling", "seconds": ', (tmp_path / "stages.jsonl").read_text())
 
 
-@BOTH
-def test_positions_that_are_computed_are_a_warning(kind, run, models, caplog):
-    if kind == "t2v":
-        pytest.skip("its models have no learned positions")
+@ONLY_I2V
+def test_positions_that_are_computed_are_a_warning(run, models, caplog):
     run(pretrained_model_name_or_path=models["i2v learned"], max_num_frames=5, max_train_steps=1)
     (record,) = [record for record in caplog.records if "train with computed positions" in record.message]
     assert record.levelname == "WARNING"
