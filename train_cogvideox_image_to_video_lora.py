@@ -645,14 +645,13 @@ def main(args: Namespace) -> None:
         if len(sampler) < args.gradient_accumulation_steps:
             asked = f"--gradient_accumulation_steps {args.gradient_accumulation_steps} asks for"
             logger.warning(f"An epoch has {len(sampler)} micro-batches, fewer than {asked}: a step has those alone.")
-        end["max_train_steps"] = max_train_steps
         is_finished = earlier.get("state") == "finished" and in_first(Path(args.output_dir, LORA_FILE).is_file)
         if is_finished and earlier["step"] >= saved.get("step", -1) >= max_train_steps:
             end["step"] = earlier["step"]
             steps = f"{checkpoint} is of step {saved['step']}, and {max_train_steps} are asked for"
             logger.info(f"Nothing is left to train: {steps}. For more, raise --max_train_steps or --num_train_epochs.")
             return
-        in_first(write_run_json, args, settings)
+        in_first(write_run_json, args, settings, max_train_steps)
 
         # The LoRA starts the same in all processes.
         set_seed(seed)
@@ -2858,17 +2857,23 @@ def make_output_folders(args: Namespace, last_step: int) -> int:
     return lock
 
 
-def write_run_json(args: Namespace, settings: dict) -> None:
+def write_run_json(args: Namespace, settings: dict, max_train_steps: int) -> None:
     """Write run.json: what the run was started with. Raises RunError."""
-    path = Path(args.output_dir, "run.json")
     started_with = {
         "kind": KIND,
         "command": shlex.join(sys.argv),
         "args": vars(args) | {"hub_token": None},
         "settings": settings,
+        "max_train_steps": max_train_steps,
     }
-    with explain(f"{path} cannot be written", OSError):
-        path.write_text(json.dumps(started_with, indent=1))
+    with explain("--output_dir cannot be written", OSError):
+        write_json(Path(args.output_dir, "run.json"), started_with)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a file of JSON, complete or not at all."""
+    partial_name(path).write_text(json.dumps(content, indent=1))
+    put_in_place(partial_name(path), path)
 
 
 def lock_folder(output_dir: Path) -> int:
@@ -3003,6 +3008,9 @@ def run_validation(run: Run, is_final: bool = False) -> list[tuple[str, Path]]:
         prompt = inputs[index]["prompt"]
         videos += [(prompt, file) for file in files]
         if accelerator.is_main_process:
+            # What each file shows: a resumed run may have other prompts.
+            names = [file.name for file in files]
+            write_row(Path(args.output_dir, "samples.jsonl"), {"step": run.step, "prompt": prompt, "files": names})
             send_videos(accelerator, files, prompt, run.step)
     return videos
 
@@ -3488,11 +3496,10 @@ def stage(args: Namespace, name: str, step: int = 0) -> Iterator[None]:
 @contextlib.contextmanager
 def recorded(args: Namespace, lock: int) -> Iterator[dict]:
     """Keep in state.json whether the run is going, finished, stopped by a signal or failed, and why. Yield a dict for
-    what else it says at the end: `step` and `max_train_steps`. Then other runs may write: `lock` is released."""
-    path = Path(args.output_dir, "state.json")
+    the `step` that it says at the end. Then other runs may write: `lock` is released."""
     end = {}
     if is_first_process():
-        write_state(path, state="going")
+        write_state(args, {"state": "going"})
     try:
         yield end
     except BaseException as error:
@@ -3500,21 +3507,20 @@ def recorded(args: Namespace, lock: int) -> Iterator[dict]:
         is_stopped = isinstance(error, SystemExit) or (problem is not None and problem.exit_code > 128)
         if is_first_process() or problem is None or not problem.is_shared:
             message = str(problem or f"{type(error).__name__}: {error}")
-            write_state(path, state="stopped" if is_stopped else "failed", message=message, **end)
+            write_state(args, {"state": "stopped" if is_stopped else "failed", "message": message})
         raise
     else:
         if is_first_process():
-            write_state(path, state="finished", **end)
+            write_state(args, {"state": "finished"} | end)
     finally:
         if is_first_process():
             os.close(lock)
 
 
-def write_state(path: Path, **content) -> None:
-    """Write state.json, complete or not at all."""
-    with attempt(f"Writing {path.name}"):
-        partial_name(path).write_text(json.dumps(content, indent=1))
-        put_in_place(partial_name(path), path)
+def write_state(args: Namespace, content: dict) -> None:
+    """Write state.json."""
+    with attempt("Writing state.json"):
+        write_json(Path(args.output_dir, "state.json"), content)
 
 
 @contextlib.contextmanager

@@ -151,6 +151,7 @@ def test_a_run_that_was_stopped(script, tmp_path):
     error = "stopped by SIGTERM after step 4.\n  - a second line"
     lines = f"{WHEN}1,000 WARNING twice\n{WHEN}2,000 WARNING twice\n{WHEN}3,000 ERROR {error}\n"
     folder = make_run(tmp_path / "run", steps=4, log=lines)
+    (folder / "state.json").write_text(json.dumps({"state": "stopped", "message": error}))
     page = page_of(folder)
     assert page.count(f"{error}</pre>") == 2 and "stopped at step 4 of 6" in page  # in the head and in the log
     assert f"{WHEN}2 WARNING, 2 times</small><pre>twice</pre>" in page
@@ -159,11 +160,44 @@ def test_a_run_that_was_stopped(script, tmp_path):
     words = shlex.split(command)[5:]
     args = script.get_args(["--pretrained_model_name_or_path", "x", *words])
     assert (args.resume_from_checkpoint, args.output_dir) == ("latest", str(folder))
-    # An error that the training does not depend on is not its end; nor is one that more lines follow.
-    (folder / "train.log").write_text(f"{WHEN}1,000 ERROR Validation failed; training does not depend on it: x\n")
+    # The log alone ends nothing: errors that the training does not depend on are in it, too.
+    (folder / "state.json").write_text('{"state": "going"}')
     assert "going: step 4 of 6" in page_of(folder)
-    (folder / "train.log").write_text(f"{lines}{WHEN}4,000 INFO Resumed\n")
-    assert "going: step 4 of 6" in page_of(folder)
+    (folder / "state.json").write_text('{"state": "failed", "message": "KeyError: x"}')
+    assert "failed at step 4 of 6" in (page := page_of(folder)) and "KeyError: x</pre>" in page
+    (folder / "state.json").write_text('{"state": "finished", "step": 4}')
+    assert "finished after 4 steps" in page_of(folder)
+
+
+def test_videos_of_other_prompts_before_a_resume_stand_under_their_own(tmp_path):
+    """Prompt 0 was another one until step 2, and was prompt 1 at step 4."""
+    folder = make_run(tmp_path / "run", videos=(0, 2, 4, 6), validation_prompt="new")
+    (folder / "validation/validation_step-000004_prompt-0_video-0.mp4").rename(
+        folder / "validation/validation_step-000004_prompt-1_video-0.mp4"
+    )
+    texts = {(0, 0): "old", (2, 0): "old", (4, 1): "new", (6, 0): "new"}
+    rows = [
+        {"step": step, "prompt": text, "files": [f"validation_step-{step:06d}_prompt-{index}_video-0.mp4"]}
+        for (step, index), text in texts.items()
+    ]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = report.read_run(folder, "run")
+    under = {}
+    for step, index, _ in run.videos:
+        under.setdefault(run.prompts[index][0], []).append(step)
+    assert {text: sorted(steps) for text, steps in under.items() if steps} == {"old": [0, 2], "new": [4, 6]}
+    page = page_of(folder)
+    assert "“old”" in page and "“new”" in page and "“prompt 2”" not in page
+
+
+@BOTH
+def test_a_run_says_which_prompt_each_video_shows(finished):
+    rows = report.read_rows(finished / "output" / "samples.jsonl")
+    shown = {name: row["prompt"] for row in rows for name in row["files"]}
+    assert shown.keys() == {path.name for path in (finished / "output" / "validation").glob("*.mp4")}
+    assert {name.split("prompt-")[1][0]: text for name, text in shown.items()} == {
+        "0": "TOK a red square", "1": "TOK a blue square"
+    }  # fmt: skip
 
 
 def test_half_written_lines_and_losses_that_are_not_finite(tmp_path):
@@ -180,7 +214,7 @@ def test_half_written_lines_and_losses_that_are_not_finite(tmp_path):
     points = {plot["name"]: [len(trace["x"]) for trace in plot["traces"]] for plot in data["plots"]}
     assert points == {"loss": [6, 6], "lr": [7], "grad_norm": [6], "seconds": [7]}
     (folder / "run.json").write_text('{"kind": "text-')
-    assert "step 7 of 6" in page_of(folder)  # of the log
+    assert "step 7" in page_of(folder)
 
 
 def test_runs_of_older_versions(tmp_path):

@@ -32,13 +32,14 @@ from PIL import Image, ImageOps
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 LORA_FILE = "pytorch_lora_weights.safetensors"
-WRITTEN = ("run.json", "metrics.jsonl", "stages.jsonl", "train.log", LORA_FILE, "checkpoint-*", "validation")
+WRITTEN = (
+    "run.json", "metrics.jsonl", "stages.jsonl", "train.log", "state.json", LORA_FILE, "checkpoint-*", "validation"
+)  # fmt: skip
 PIPELINES = {"text-to-video": "CogVideoXPipeline", "image-to-video": "CogVideoXImageToVideoPipeline"}
 STAGES = ("encoding prompts", "encoding videos", "training", "sampling", "saving")
 VIDEO_LIMIT = 80 * 10**6  # bytes of videos in a page: more than this takes a browser long to open
 POINT_LIMIT = 4000  # of a curve; a browser draws more of them slowly
 QUIET_SECONDS = 900  # without a word, after which a run counts as ended; no stage but the sampling is silent for long
-NOT_FATAL = ("training does not depend on it", "has no effect")  # in the errors after which a run continues
 NOT_SETTINGS = {"output_dir", "resume_from_checkpoint", "hub_token"}
 COLORS = ("#3b7dd8", "#e07b39", "#2f9e6e", "#b4559f", "#c29a1c", "#5f6bd4", "#c94f4f", "#3a9fb5")  # on white and black
 BARS = "▁▂▃▄▅▆▇█"
@@ -60,7 +61,10 @@ class TrainingRun:
     metrics: list[dict]
     stages: list[dict]
     log: list[list[str]]  # time, level, message
-    videos: dict[tuple[int, int, int], Path]  # by step, prompt and number
+    ended: dict  # what state.json says
+    max_step: int | None
+    prompts: list[tuple[str, str | None]]  # of the videos, each with the path of its start image
+    videos: dict[tuple[int, int, int], Path]  # by step, index in `prompts` and number
 
     def column(self, name: str) -> tuple[list[int], np.ndarray]:
         """Steps and values of the lines of metrics.jsonl that have a finite number `name`."""
@@ -81,32 +85,19 @@ class TrainingRun:
         return max([0, *saved, *(row["step"] for row in self.metrics)])
 
     @functools.cached_property
-    def max_step(self) -> int | None:
-        """Of the flags, or of the log where the flags have epochs."""
-        if is_number(self.args.get("max_train_steps")):
-            return int(self.args["max_train_steps"])
-        said = [re.match(r"Steps: (\d+)", message) for _, _, message in self.log]
-        return next((int(match[1]) for match in reversed(said) if match), None)
-
-    @functools.cached_property
     def stop(self) -> str | None:
-        """The error that ended the run: the last message of the log."""
-        _, level, message = self.log[-1] if self.log else ("", "", "")
-        return message if level == "ERROR" and not any(words in message for words in NOT_FATAL) else None
+        """The problem or the signal that ended the run."""
+        return str(self.ended.get("message")) if self.state in ("failed", "stopped") else None
 
     @functools.cached_property
     def state(self) -> str:
-        written = [path.stat().st_mtime for name in WRITTEN[:4] for path in self.folder.glob(name)]
-        starts = [i for i, (_, _, message) in enumerate(self.log) if message.startswith("Steps: ")]
-        is_done = any(message.startswith("Done. ") for _, _, message in self.log[starts[-1] if starts else 0 :])
-        has_all_steps = self.has_lora and self.step >= (self.max_step or 0)
-        if has_all_steps and (is_done or not self.log or self.stop):
+        """finished, failed, stopped by a signal, going, or silent: killed, perhaps."""
+        if self.ended.get("state") in ("finished", "failed", "stopped"):
+            return self.ended["state"]
+        if not self.ended and self.has_lora and self.step >= (self.max_step or 0):  # of an older version
             return "finished"
-        if self.stop:
-            return "stopped"
-        if written and time.time() - max(written) < QUIET_SECONDS:
-            return "going"
-        return "finished" if has_all_steps else "silent"
+        written = [path.stat().st_mtime for name in WRITTEN[:5] for path in self.folder.glob(name)]
+        return "going" if written and time.time() - max(written) < QUIET_SECONDS else "silent"
 
     @functools.cached_property
     def seconds(self) -> dict[str, float]:
@@ -117,18 +108,6 @@ class TrainingRun:
                 found[str(row.get("stage"))] += row["seconds"]
         order = [*STAGES, *(found.keys() - set(STAGES))]
         return {name: found[name] for name in order if found[name]}
-
-    @functools.cached_property
-    def prompts(self) -> list[tuple[str, str | None]]:
-        """Validation prompts, each with the path of its start image."""
-        separator = self.args.get("validation_prompt_separator") or ":::"
-        texts, images = (
-            str(self.args[name]).split(separator) if self.args.get(name) else []
-            for name in ("validation_prompt", "validation_images")
-        )
-        number = max([len(texts), *(prompt + 1 for _, prompt, _ in self.videos)])
-        texts += [f"prompt {index + 1}" for index in range(len(texts), number)]
-        return list(itertools.zip_longest(texts, images[:number]))
 
 
 def is_number(value) -> bool:
@@ -161,6 +140,29 @@ def read_rows(path: Path) -> list[dict]:
     return [row for row in rows if isinstance(row.get("step"), int)]
 
 
+def read_videos(folder: Path, args: dict) -> tuple[list, dict]:
+    """Prompts with the paths of their start images, and videos by step, index in the prompts and number. Videos of
+    other prompts than those of the flags, as before a resume, are told apart by samples.jsonl."""
+    separator = args.get("validation_prompt_separator") or ":::"
+    given = (args.get("validation_prompt"), args.get("validation_images"))
+    texts, images = (str(value).split(separator) if value else [] for value in given)
+    prompts = list(itertools.zip_longest(texts, images[: len(texts)]))
+    text_of = {name: row.get("prompt") for row in read_rows(folder / "samples.jsonl") for name in row.get("files", [])}
+    videos = {}
+    for path in sorted(folder.glob("validation/*.mp4")):  # of one step, test_ is before validation_
+        if match := re.search(r"_step-(\d+)_prompt-(\d+)_video-(\d+)$", path.stem):
+            step, index, number = map(int, match.groups())
+            text = text_of.get(path.name)
+            while len(prompts) <= index:
+                prompts.append((f"prompt {len(prompts) + 1}", None))
+            if text and prompts[index][0] != text:
+                others = [position for position, (known, _) in enumerate(prompts) if known == text]
+                index = others[0] if others else len(prompts)
+                prompts += [] if others else [(text, None)]
+            videos.setdefault((step, index, number), path)
+    return prompts, videos
+
+
 def read_log(path: Path) -> list[list[str]]:
     """Time, level and message of each entry; a message may have several lines."""
     entries = []
@@ -183,13 +185,15 @@ def read_run(folder: Path, name: str) -> TrainingRun:
     if not args and (match := re.search(r"^A LoRA for \S+ with (\S+)\.$", card, re.M)):
         args = {"pretrained_model_name_or_path": match[1]}
     kind = about.get("kind") or "".join(re.findall(r"^pipeline_tag: (\S+)$", card, re.M)[:1])
-    videos = {}
-    for path in sorted(folder.glob("validation/*.mp4")):  # of one step, test_ is before validation_
-        if match := re.search(r"_step-(\d+)_prompt-(\d+)_video-(\d+)$", path.stem):
-            videos.setdefault(tuple(map(int, match.groups())), path)
+    prompts, videos = read_videos(folder, args)
+    max_step = about.get("max_train_steps") or args.get("max_train_steps")
+    max_step = int(max_step) if is_number(max_step) else None
+    ended = read_json(read_text(folder / "state.json"))
     rows, stages = read_rows(folder / "metrics.jsonl"), read_rows(folder / "stages.jsonl")
     command, log = str(about.get("command") or ""), read_log(folder / "train.log")
-    return TrainingRun(folder, name, kind, command, args, settings, rows, stages, log, videos)
+    return TrainingRun(
+        folder, name, kind, command, args, settings, rows, stages, log, ended, max_step, prompts, videos
+    )
 
 
 def names_of(folders: list[Path]) -> list[str]:
@@ -243,7 +247,8 @@ def state_words(run: TrainingRun) -> str:
         seconds = run.column("seconds")[1]
         left = duration(float(np.median(seconds)) * (run.max_step - run.step)) if len(seconds) and run.max_step else ""
         return f"going: {steps}" + (f", about {left} of training left" if left and run.step < run.max_step else "")
-    return f"stopped at {steps}" if run.state == "stopped" else f"silent since {steps}: killed, or sampling for long"
+    silent = f"silent since {steps}: killed, or sampling for long"
+    return f"{run.state} at {steps}" if run.state in ("stopped", "failed") else silent
 
 
 def facts(run: TrainingRun) -> dict[str, str]:
@@ -515,7 +520,10 @@ def settings_section(run: TrainingRun) -> str:
 
 
 def plain(value) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else "–" if value is None else str(value)
+    if isinstance(value, list):
+        separator = "; " if any(" " in str(part) for part in value) else " "
+        return separator.join(map(str, value))
+    return "–" if value is None else str(value)
 
 
 def comparison(runs: list[TrainingRun]) -> str:
@@ -624,7 +632,7 @@ def summary(run: TrainingRun) -> str:
 def write_page(folders: list[Path], path: Path, reload_seconds: int | None = None) -> list[TrainingRun]:
     """Read the runs and write the page, complete or not at all; it is reloaded while a run is going."""
     runs = [read_run(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
-    is_over = all(run.state in ("finished", "stopped") for run in runs)
+    is_over = all(run.state in ("finished", "stopped", "failed") for run in runs)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(page(runs, None if is_over else reload_seconds), encoding="utf-8")
     os.replace(partial, path)
