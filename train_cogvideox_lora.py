@@ -3072,7 +3072,7 @@ from diffusers.utils import {helpers}
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 pipe = {pipeline}.from_pretrained({base_model!r}, dtype=torch.{dtype}).to(device)
-pipe.load_lora_weights({repo_id!r})  # applies alpha / rank: no further scale is needed
+pipe.load_lora_weights({repo_id!r})  # alpha / rank is in its matrices: no further scale is needed
 pipe.vae.enable_tiling()
 
 video = pipe(
