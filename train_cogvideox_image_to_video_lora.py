@@ -590,6 +590,8 @@ def main(args: Namespace) -> None:
         check_model(args, transformer_config, vae_config)
         names = inspect.signature(VideoDataset).parameters  # each is the name of a flag
         videos = VideoDataset(**{name: getattr(args, name) for name in names})
+        if args.eval_split >= len(videos):
+            raise RunError(f"--eval_split {args.eval_split} leaves nothing of {len(videos)} clips to train on")
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings["num_clips"] = len(videos)
     settings["num_processes"] = accelerator.num_processes
@@ -1011,16 +1013,21 @@ def check_sizes(args: Namespace, model: str, config: dict, pixels: int) -> None:
 def check_layers(args: Namespace, transformer_config: dict) -> None:
     """Refuse names of --lora_target_modules that are no linear layers of the model. Raises RunError."""
     with torch.device("meta"):
-        modules = CogVideoXTransformer3DModel.from_config(transformer_config).named_modules()
-    linear = [name for name, module in modules if isinstance(module, torch.nn.Linear)]
+        modules = dict(CogVideoXTransformer3DModel.from_config(transformer_config).named_modules())
+    linear = [name for name, module in modules.items() if isinstance(module, torch.nn.Linear)]
     if args.lora_blocks is not None:
         linear = [name for name in linear if name.startswith("transformer_blocks.")]
     for name in args.lora_target_modules:
-        if not any(f".{layer}".endswith(f".{name}") for layer in linear):
+        named = [layer for layer in modules if f".{layer}".endswith(f".{name}")]
+        others = [layer for layer in named if not isinstance(modules[layer], torch.nn.Linear)]
+        if others or not set(named) & set(linear):
             layers = {re.sub(r"^transformer_blocks\.\d+\.(attn1\.)?", "", layer) for layer in linear}
             nearest = ", ".join(difflib.get_close_matches(name, layers, cutoff=0))
             model = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
-            raise RunError(f"--lora_target_modules: {model} has no layer {name} (nearest: {nearest})")
+            problem = f"{model} has no layer {name}"
+            if others:
+                problem = f"{name} names {others[0]}, which is no linear layer"
+            raise RunError(f"--lora_target_modules: {problem} (nearest: {nearest})")
 
 
 def pretrained_source(args: Namespace, subfolder: str, dtype: torch.dtype | None = None) -> dict:
@@ -1515,6 +1522,8 @@ class VideoDataset(Dataset):
         else:
             captions = read_lines(root / caption_column)
             videos = read_lines(root / video_column)
+            if not is_file_in(root, videos) and is_file_in(root, captions):
+                raise RunError("--caption_column and --video_column are swapped: the captions are paths of files")
             if len(captions) != len(videos):
                 lengths = f"{root / caption_column} has {len(captions)} lines, {root / video_column} has {len(videos)}"
                 raise RunError(f"captions and videos do not pair up: {lengths}")
@@ -1603,9 +1612,16 @@ class VideoDataset(Dataset):
         return {"instance_prompt": self.prompt(index), "instance_video": video, "kept": kept, "notes": clip.notes}
 
 
+def is_file_in(root: Path, names: list[str]) -> bool:
+    """Return whether the first of these names is that of a file below `root`."""
+    return bool(names) and os.path.isfile(root / names[0])  # unlike Path.is_file, it takes a long caption
+
+
 def read_lines(path: Path) -> list[str]:
     """Return the lines of a text file, stripped, without the blank ones at its end. Raises RunError for a blank line
     in the middle: to leave it out would shift every later line against the other file's."""
+    if not path.is_file():
+        raise RunError(f"{path} is missing: --caption_column and --video_column name the two files of lines")
     with explain(f"{path} cannot be read as UTF-8 text", (OSError, UnicodeDecodeError)):
         text = path.read_bytes().decode("utf-8-sig").rstrip()
     if not text:
@@ -1621,15 +1637,20 @@ def read_lines(path: Path) -> list[str]:
 def read_captions_beside(root: Path, missing_file: str) -> list[VideoRecord]:
     """Return records of all clips and pictures below `root`, by path; the caption of x.mp4 is the text of x.txt, as
     one line. Raises RunError with each clip that has no caption, and each text that has no clip."""
-    # A name that begins with a dot is hidden, as are those that a Mac leaves beside each file (._clip.mp4).
-    files = [path for path in sorted(root.rglob("*")) if "/." not in f"/{path.relative_to(root)}"]
+    # The output folders of earlier runs have videos of their own. A name that begins with a dot is hidden, as are
+    # those that a Mac leaves beside each file (._clip.mp4).
+    output_dirs = {path.parent for path in root.rglob("run.json")}
+    files = []
+    for path in sorted(root.rglob("*")):
+        if "/." not in f"/{path.relative_to(root)}" and not output_dirs.intersection(path.parents):
+            files.append(path)
     captions = {}  # by text file
     text_files = {}  # by path without suffix
-    with explain(f"a caption in {root} cannot be read as UTF-8 text", (OSError, UnicodeDecodeError)):
-        for path in files:
-            if path.suffix.lower() == ".txt":
+    for path in files:
+        if path.suffix.lower() == ".txt":
+            with explain(f"{path} cannot be read as UTF-8 text", (OSError, UnicodeDecodeError)):
                 captions[path] = " ".join(path.read_text("utf-8-sig").split())
-                text_files[path.with_suffix("")] = path
+            text_files[path.with_suffix("")] = path
     records = []
     used = set()  # text files
     alone = []
@@ -1649,6 +1670,8 @@ def read_captions_beside(root: Path, missing_file: str) -> list[VideoRecord]:
             alone.append(f"{text_file}: it has no clip")
     if alone or not records:
         layout = f"{root} has no file {missing_file}, and is no folder of clips with a .txt file beside each"
+        if (root / "prompts.txt").is_file() and (root / "videos.txt").is_file():
+            layout += " (--caption_column prompts.txt --video_column videos.txt names the two files of lines there)"
         raise RunError(f"{layout}:\n{listing(alone or ['it has no clips'])}")
     return records
 

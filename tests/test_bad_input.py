@@ -116,7 +116,7 @@ def test_no_such_root(fail, tmp_path):
 
 def test_missing_line_file(fail, clips):
     (clips / "videos.txt").unlink()
-    assert f"{clips / 'videos.txt'} cannot be read" in fail()
+    assert f"{clips / 'videos.txt'} is missing: --caption_column and --video_column name" in fail()
     (clips / "prompts.txt").unlink()
     assert f"{clips} has no file prompts.txt, and is no folder of clips with a .txt file beside each:" in fail()
 
@@ -124,6 +124,25 @@ def test_missing_line_file(fail, clips):
 def test_line_file_that_is_not_text(fail, clips):
     (clips / "prompts.txt").write_bytes(b"caf\xe9\n")
     assert "prompts.txt cannot be read as UTF-8 text" in fail()
+
+
+def test_line_files_that_are_swapped(fail, clips):
+    assert "--caption_column and --video_column are swapped" in fail(
+        caption_column="videos.txt", video_column="prompts.txt"
+    )
+    (clips / "prompts.txt").write_text("a long caption " * 100)
+    assert "--caption_column and --video_column are swapped" in fail(
+        caption_column="videos.txt", video_column="prompts.txt"
+    )
+
+
+def test_line_files_that_are_there_and_not_named(fail):
+    hint = "(--caption_column prompts.txt --video_column videos.txt names the two files of lines there)"
+    assert hint in fail(caption_column=None, video_column=None)
+
+
+def test_more_held_out_clips_than_there_are(fail):
+    assert "--eval_split 4 leaves nothing of 4 clips to train on" in fail(eval_split=4)
 
 
 def test_prompts_and_videos_that_do_not_pair_up(fail, clips):

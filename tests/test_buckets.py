@@ -70,9 +70,19 @@ def test_a_clip_or_a_caption_alone_is_refused(script, beside):
     (beside / "empty").mkdir()
     with pytest.raises(script.RunError, match="it has no clips"):
         script.VideoDataset(str(beside / "empty"))
-    (beside / "two.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(script.RunError, match="cannot be read as UTF-8"):
+    (beside / "two.txt").write_bytes(b"caf\xe9")  # Latin-1
+    with pytest.raises(script.RunError, match="two.txt cannot be read as UTF-8"):
         script.VideoDataset(str(beside))
+
+
+def test_an_output_folder_in_the_data_folder_is_no_data(script, beside):
+    """Its samples are videos without captions."""
+    (beside / "my_lora" / "validation").mkdir(parents=True)
+    (beside / "my_lora" / "run.json").write_text("{}")
+    for name in ("final_video_0.mp4", "validation/test_step-000002_prompt-0_video-0.mp4"):
+        (beside / "my_lora" / name).write_bytes(b"mp4")
+    records = script.VideoDataset(str(beside)).records
+    assert records and not any("my_lora" in record.path for record in records)
 
 
 @pytest.mark.parametrize("layout", ["lines", "table", "embedded"])

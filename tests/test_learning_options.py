@@ -300,9 +300,17 @@ def test_other_layers_are_trained_saved_and_loaded_by_the_pipeline(script, run, 
 
 
 def test_an_unknown_layer_is_refused_with_the_nearest(script, run):
-    with pytest.raises(script.RunError, match=r"no layer ff.net.1 \(nearest: .*ff.net.2") as error:
-        run(lora_target_modules=["to_q", "ff.net.1"])
+    with pytest.raises(script.RunError, match=r"no layer ff.net.9 \(nearest: .*ff.net.2") as error:
+        run(lora_target_modules=["to_q", "ff.net.9"])
     assert error.value.exit_code == 2
+
+
+def test_a_name_that_is_also_no_linear_layer_is_refused_before_anything_is_encoded(script, run, clips):
+    """`proj` is the convolution that makes patches, too: whoever loads the LoRA would look for it there."""
+    said = r"proj names patch_embed.proj, which is no linear layer \(nearest: .*ff.net.0.proj"
+    with pytest.raises(script.RunError, match=said):
+        run(lora_target_modules=["proj"], instance_data_root=clips, precompute_dir=None)
+    assert not (clips / ".cogvideox_precomputed").exists()
 
 
 def test_resuming_with_other_layers_is_refused(script, run):
