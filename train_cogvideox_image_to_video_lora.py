@@ -93,6 +93,7 @@ IMAGE_LOG_SIGMA = (-3.0, 0.5)  # I2V: mean and deviation of the log of the noise
 TRAINERS = {"text-to-video": "train_cogvideox_lora.py", "image-to-video": "train_cogvideox_image_to_video_lora.py"}
 LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 LORA_FILE = "pytorch_lora_weights.safetensors"
+WEIGHT_FILES = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 VIDEO_TYPES = set(
     ".mp4 .mov .m4v .mkv .webm .avi .gif .wmv .flv .3gp .mpg .mpeg .ts .m2ts .mts .ogv .apng".split()
 )  # fmt: skip
@@ -145,7 +146,7 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     add("--pretrained_model_name_or_path", help="Hub id or local folder of a CogVideoX; required")
     add("--revision", help="Hub revision of the model")
     add("--variant", help="weight file variant, such as fp16")
-    add("--cache_dir", help="where downloaded models and data sets are kept")
+    add("--cache_dir", help="where downloaded data sets are kept; models are in the Hub's own cache")
     add("--rank", type=whole_from_1, default=128, help="LoRA rank")
     add("--lora_alpha", type=above_0, default=128, help="the LoRA is applied with strength alpha / rank")
     layers = f"layers that get a LoRA, named as in the model; default: {' '.join(LORA_TARGETS)}"
@@ -545,6 +546,7 @@ from diffusers import (
     CogVideoXDPMScheduler,
     CogVideoXImageToVideoPipeline,  # I2V:
     CogVideoXTransformer3DModel,
+    DiffusionPipeline,
 )
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
@@ -553,7 +555,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from diffusers.quantizers.quantization_config import BitsAndBytesConfig
 from diffusers.utils import export_to_video, load_image  # I2V: load_image
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, is_offline_mode
 from huggingface_hub.utils import disable_progress_bars
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -588,6 +590,7 @@ def main(args: Namespace) -> None:
         transformer_config, _ = read_config(args, "transformer")
         vae_config, _ = read_config(args, "vae")
         check_model(args, transformer_config, vae_config)
+        check_model_files(args)
         names = inspect.signature(VideoDataset).parameters  # each is the name of a flag
         videos = VideoDataset(**{name: getattr(args, name) for name in names})
         if args.eval_split >= len(videos):
@@ -665,7 +668,7 @@ def main(args: Namespace) -> None:
             if args.init_lora:
                 file, lora_settings = open_lora(args.init_lora)
                 load_lora(transformer, file, lora_settings["lora_alpha"] / args.lora_alpha)
-            noise_scheduler = CogVideoXDPMScheduler.from_pretrained(**pretrained_source(args, "scheduler"))
+            noise_scheduler = load_component(CogVideoXDPMScheduler, pretrained_source(args, "scheduler"))
         trained = prepare(args, accelerator, transformer, max_train_steps)
         run = Run(
             args, accelerator, *trained, noise_scheduler, vae_config, prompt_files, dataset, max_train_steps, settings,
@@ -951,7 +954,20 @@ def pixels_per_latent(vae_config: dict) -> int:
 def read_config(args: Namespace, subfolder: str) -> tuple[dict, str | None]:
     """Return the config of one component of the model, and its commit if it is on the Hub. Raises RunError."""
     model = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
-    with explain(f"{model} is no diffusers-format model, in a local folder or on the Hub", (OSError, ValueError)):
+    folder = Path(args.pretrained_model_name_or_path)
+    if (folder / "snapshots").is_dir():
+        snapshots = [str(path) for path in sorted((folder / "snapshots").iterdir())]
+        raise RunError(f"{model} is a folder of the Hub's cache: give its snapshot, {' or '.join(snapshots)}")
+    if folder.is_dir() and not (folder / subfolder).is_dir() and (folder.parent / "model_index.json").is_file():
+        raise RunError(f"{model} is one part of a model: give {folder.parent}")
+    is_path = str(args.pretrained_model_name_or_path).startswith(("/", ".", "~")) or len(folder.parts) > 2
+    if is_path and not folder.is_dir():
+        raise RunError(f"{model}: there is no such folder")
+    advice = ""
+    if not folder.is_dir() and is_offline_mode():
+        advice = "\n(HF_HUB_OFFLINE is set, so it must be in the Hub's cache)"
+    problem = f"{model} is no diffusers-format model, in a local folder or on the Hub"
+    with explain(problem, (OSError, ValueError), advice=advice):
         # Of any component: load_config only reads config.json.
         return AutoencoderKLCogVideoX.load_config(**pretrained_source(args, subfolder), return_commit_hash=True)
 
@@ -988,6 +1004,57 @@ def check_model(args: Namespace, transformer_config: dict, vae_config: dict) -> 
     if num_padding := -latent_frames % (patch_size_t or 1):
         padding = f"{latent_frames} latent frames, with {num_padding} of padding before them, as in the pipeline"
         logger.info(f"{frames} frames are {padding}; {frames + 4 * num_padding} frames would need none.")
+
+
+@functools.cache
+def model_folder(model: str, revision: str | None, variant: str | None) -> Path:
+    """Return the folder of a model. One on the Hub is downloaded first. Raises RunError."""
+    if Path(model).is_dir():
+        return Path(model)
+    with explain(f"--pretrained_model_name_or_path {model} cannot be downloaded", (OSError, ValueError)):
+        return Path(DiffusionPipeline.download(model, revision=revision, variant=variant))
+
+
+def check_model_files(args: Namespace) -> None:
+    """Check that a model is complete, as far as headers tell. Raises RunError with every problem found."""
+    model = args.pretrained_model_name_or_path
+    folder = model_folder(model, args.revision, args.variant)
+    problems = []
+    for subfolder, stem in WEIGHT_FILES.items():
+        variant = f".{args.variant}" if has_variant(args, subfolder) else ""
+        index = folder / subfolder / f"{stem}.safetensors.index{variant}.json"
+        names = {f"{stem}{variant}.safetensors"}
+        if index.is_file():
+            names = set(read_json(index).get("weight_map", {}).values())
+        elif list((folder / subfolder).glob("*.bin")):
+            continue  # the older format, which has no header
+        if not names:
+            problems.append(f"{subfolder}/{index.name} is damaged")
+        for name in sorted(names):
+            problem = weight_problem(folder / subfolder / name)
+            if problem is not None:
+                problems.append(f"{subfolder}/{name} {problem}")
+    if not (folder / "scheduler" / "scheduler_config.json").is_file():
+        problems.append("scheduler/scheduler_config.json is missing")
+    if not ((folder / "tokenizer" / "spiece.model").is_file() or (folder / "tokenizer" / "tokenizer.json").is_file()):
+        problems.append("tokenizer/spiece.model is missing")
+    if args.variant and not list(folder.glob(f"*/*.{args.variant}.*")):
+        problems.append(f"no file is of --variant {args.variant}")
+    if problems:
+        raise RunError(f"--pretrained_model_name_or_path {model} is incomplete:\n{listing(problems)}")
+
+
+def weight_problem(path: Path) -> str | None:
+    """Return what is wrong with a safetensors file, or None. Its header has the size that it must have."""
+    try:
+        with safe_open(path, framework="pt"):
+            return None
+    except FileNotFoundError:
+        return "is missing"
+    except (OSError, SafetensorError):
+        if start_and_end(str(path))[1].startswith(b"version https://git-lfs"):
+            return "is a git-lfs pointer in place of the file: run git lfs pull"
+        return "is truncated or damaged"
 
 
 def check_sizes(args: Namespace, model: str, config: dict, pixels: int) -> None:
@@ -1032,11 +1099,28 @@ def check_layers(args: Namespace, transformer_config: dict) -> None:
 
 def pretrained_source(args: Namespace, subfolder: str, dtype: torch.dtype | None = None) -> dict:
     """Return what `from_pretrained` takes for one component of the model; a `dtype` is for those with weights."""
-    source = {name: getattr(args, name) for name in ("pretrained_model_name_or_path", "revision", "cache_dir")}
-    source["subfolder"] = subfolder
+    source = {
+        "pretrained_model_name_or_path": args.pretrained_model_name_or_path,
+        "revision": args.revision,
+        "subfolder": subfolder,
+    }
     if dtype is not None:
-        source |= {"variant": args.variant, "dtype": dtype}
+        source["dtype"] = dtype
+        source["variant"] = args.variant if has_variant(args, subfolder) else None
     return source
+
+
+def has_variant(args: Namespace, subfolder: str) -> bool:
+    """Return whether a component of the model has weights of --variant: not all of them need to."""
+    folder = model_folder(args.pretrained_model_name_or_path, args.revision, args.variant)
+    return args.variant is not None and bool(list((folder / subfolder).glob(f"*.{args.variant}.*")))
+
+
+def load_component(component: type, source: dict):
+    """Load one component of the model from its `pretrained_source`. Raises RunError."""
+    model = f"--pretrained_model_name_or_path {source['pretrained_model_name_or_path']}"
+    with explain(f"{model}: its {source['subfolder']} cannot be loaded", (OSError, ValueError, SafetensorError)):
+        return component.from_pretrained(**source)
 
 
 def load_transformer(args: Namespace, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
@@ -1047,9 +1131,9 @@ def load_transformer(args: Namespace, dtype: torch.dtype) -> CogVideoXTransforme
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
         with explain("--quantize_base nf4", RuntimeError):
-            transformer = CogVideoXTransformer3DModel.from_pretrained(**source)
+            transformer = load_component(CogVideoXTransformer3DModel, source)
     else:
-        transformer = CogVideoXTransformer3DModel.from_pretrained(**source)
+        transformer = load_component(CogVideoXTransformer3DModel, source)
     recompute = functools.partial(checkpoint, use_reentrant=False)
     if args.gradient_checkpointing:
         contexts = recomputation_contexts(args)
@@ -1449,7 +1533,7 @@ def saving_activations(args: Namespace) -> contextlib.AbstractContextManager:
 
 def load_vae(args: Namespace, dtype: torch.dtype) -> AutoencoderKLCogVideoX:
     """Load the frozen VAE, in tiles and slices as the flags say."""
-    vae = AutoencoderKLCogVideoX.from_pretrained(**pretrained_source(args, "vae", dtype))
+    vae = load_component(AutoencoderKLCogVideoX, pretrained_source(args, "vae", dtype))
     if args.enable_slicing:
         vae.enable_slicing()
     if args.enable_tiling:
@@ -2186,8 +2270,8 @@ def precompute_prompts(args: Namespace, accelerator: Accelerator, prompts: list[
     new = in_first(find_new, folder / "prompts", "prompt_embeds", files)
     own = new[accelerator.process_index :: accelerator.num_processes]
     if own:
-        tokenizer = T5Tokenizer.from_pretrained(**pretrained_source(args, "tokenizer"))
-        text_encoder = T5EncoderModel.from_pretrained(**pretrained_source(args, "text_encoder", dtype))
+        tokenizer = load_component(T5Tokenizer, pretrained_source(args, "tokenizer"))
+        text_encoder = load_component(T5EncoderModel, pretrained_source(args, "text_encoder", dtype))
         if args.offload_base or text_encoder.get_memory_footprint() > 0.95 * free_memory(device):
             logger.info(f"The text encoder waits in host memory: two of its blocks at a time are on {device}")
             place_text_encoder(text_encoder, device)
