@@ -295,6 +295,8 @@ def get_args(argv: list[str] | None = None) -> Namespace:
         # With another alpha, `load_lora` changes the matrices, so that the LoRA starts as strong as it is.
         if given is not None and (not args.init_lora or name == "lora_alpha"):
             lora[name] = given
+        elif value is None and name == "lora_alpha":
+            lora[name] = lora["rank"]
         elif given not in (None, value):
             problems.append(f"--{name} is {given}, but {value} in --init_lora {args.init_lora}")
     if problems:
@@ -391,38 +393,67 @@ def precompute_folder(args: Namespace) -> Path:
 
 @functools.cache
 def open_lora(source: str) -> tuple[Path, dict]:
-    """Return the file of an existing LoRA, and its rank, alpha, layers and blocks by the flags' names. Without
-    metadata, it is one of strength 1 for all blocks. Raises RunError."""
+    """Return the file of an existing LoRA, and its rank, alpha, layers and blocks by the flags' names. Alpha is None
+    where the file does not say it. Raises RunError."""
     path = Path(source, LORA_FILE) if Path(source).is_dir() else Path(source)
-    with explain(f"--init_lora {source} is no LoRA in diffusers' format: a file, a folder or a Hub id"):
+    with explain(f"--init_lora {source} is no LoRA: a file, a folder or a Hub id"):
         if not path.is_file():
             # Here, since this import takes half a second.
             from huggingface_hub import hf_hub_download
             path = Path(hf_hub_download(source, LORA_FILE))
         ranks = set()
+        alphas = set()
         layers = set()
         numbers = set()  # of blocks
+        names = names_in_lora(path)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            for name in file.keys():
-                if name.endswith(".lora_A.weight"):
-                    layer = name.removesuffix(".lora_A.weight")
-                    ranks.add(file.get_slice(name).get_shape()[0])
-                    layers.add(re.sub(r"^.*transformer_blocks\.\d+\.(attn1\.)?", "", layer))
+            config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+            for name, name_in_file in names.items():
+                layer, kind = re.fullmatch(r"transformer\.(.+)\.(lora_A\.weight|lora_B\.weight|alpha)", name).groups()
+                if kind == "alpha":
+                    alphas.add(file.get_tensor(name_in_file).item())
+                if kind == "lora_A.weight":
+                    ranks.add(file.get_slice(name_in_file).get_shape()[0])
+                    layers.add(re.sub(r"^transformer_blocks\.\d+\.(attn1\.)?", "", layer))
                     numbers.update(map(int, re.findall(r"transformer_blocks\.(\d+)\.", layer)))
-        config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        rank = max(ranks)
-    if len(ranks) > 1 or config.get("transformer.rank_pattern") or config.get("transformer.alpha_pattern"):
-        raise RunError(f"--init_lora {source}: its layers differ in rank or alpha, which cannot be trained here")
+        patterns = config.get("transformer.rank_pattern") or config.get("transformer.alpha_pattern")
+        if len(ranks) > 1 or len(alphas) > 1 or patterns:
+            raise ValueError("its layers differ in rank or alpha, which cannot be trained here")
+        if config.get("transformer.use_dora"):
+            raise ValueError("it is a DoRA")
+        (rank,) = ranks
+        alpha = config.get("transformer.lora_alpha", next(iter(alphas), None))
+        if config.get("transformer.use_rslora"):
+            alpha *= math.sqrt(rank)  # its strength is alpha / sqrt(rank)
     blocks = None
     if config.get("transformer.layers_to_transform"):
         blocks = f"{min(numbers)}-{max(numbers)}"
-    alpha = config.get("transformer.lora_alpha", rank)
-    if config.get("transformer.use_rslora"):
-        alpha *= math.sqrt(rank)  # its strength is alpha / sqrt(rank)
     return path, {
         "rank": rank, "lora_alpha": alpha, "lora_target_modules": layer_names(layers), "lora_blocks": blocks
     }
+
+
+def names_in_lora(path: Path) -> dict[str, str]:
+    """Return the names of the tensors in a LoRA's file, by the names that this script gives them. Raises ValueError
+    for what is no LoRA of a transformer."""
+    names = {}
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():
+            if "text_encoder" in name or name.startswith("lora_te"):
+                raise ValueError(f"it has a LoRA of the text encoder, too ({name})")
+            if name.startswith("lora_unet") or ".lora_down." in name or ".lora_up." in name:
+                raise ValueError(f"its names are those of kohya's scripts ({name}): convert it to diffusers' names")
+            if "dora_scale" in name or "lora_magnitude_vector" in name:
+                raise ValueError(f"it is a DoRA ({name})")
+            prefixes = r"(?:base_model\.model\.|diffusion_model\.|transformer\.)*"
+            match = re.fullmatch(prefixes + r"(.+)\.(?:(lora_[AB])(?:\.default)?\.weight|(alpha))", name)
+            if match is None:
+                raise ValueError(f"{name} is no matrix of a LoRA")
+            names[f"transformer.{match[1]}.{match[3] or f'{match[2]}.weight'}"] = name
+    if not names:
+        raise ValueError("it is empty")
+    return names
 
 
 def layer_names(names: Iterable[str]) -> list[str]:
@@ -666,8 +697,10 @@ def main(args: Namespace) -> None:
             transformer = load_transformer(args, DTYPES[accelerator.mixed_precision])
             lora = add_lora(transformer, args.rank, args.lora_alpha, args.lora_target_modules, args.lora_blocks)
             if args.init_lora:
-                file, lora_settings = open_lora(args.init_lora)
-                load_lora(transformer, file, lora_settings["lora_alpha"] / args.lora_alpha)
+                file, own = open_lora(args.init_lora)
+                if own["lora_alpha"] is None and args.lora_alpha == args.rank:
+                    logger.warning(f"--init_lora {args.init_lora} says no alpha: it is taken at strength 1")
+                load_lora(transformer, file, (own["lora_alpha"] or args.lora_alpha) / args.lora_alpha)
             noise_scheduler = load_component(CogVideoXDPMScheduler, pretrained_source(args, "scheduler"))
         trained = prepare(args, accelerator, transformer, max_train_steps)
         run = Run(
@@ -994,6 +1027,11 @@ def check_model(args: Namespace, transformer_config: dict, vae_config: dict) -> 
         check_layers(args, config)
     if args.lora_blocks is not None and block_numbers(args.lora_blocks)[-1] >= config["num_layers"]:
         raise RunError(f"--lora_blocks {args.lora_blocks}: {model} has the blocks 0-{config['num_layers'] - 1}")
+    if args.init_lora:
+        with torch.device("meta"):
+            transformer = CogVideoXTransformer3DModel.from_config(config)
+            add_lora(transformer, args.rank, args.lora_alpha, args.lora_target_modules, args.lora_blocks)
+        check_lora(transformer, open_lora(args.init_lora)[0])
     frames = frames_4k_plus_1(args.max_num_frames)
     if frames != args.max_num_frames:
         logger.warning(f"--max_num_frames {args.max_num_frames} is not 4k+1: {frames} frames are used.")
@@ -1112,8 +1150,10 @@ def pretrained_source(args: Namespace, subfolder: str, dtype: torch.dtype | None
 
 def has_variant(args: Namespace, subfolder: str) -> bool:
     """Return whether a component of the model has weights of --variant: not all of them need to."""
+    if args.variant is None:
+        return False
     folder = model_folder(args.pretrained_model_name_or_path, args.revision, args.variant)
-    return args.variant is not None and bool(list((folder / subfolder).glob(f"*.{args.variant}.*")))
+    return bool(list((folder / subfolder).glob(f"*.{args.variant}.*")))
 
 
 def load_component(component: type, source: dict):
@@ -1262,15 +1302,32 @@ def save_lora(
         put_in_place(partial_name(path), path)
 
 
+def check_lora(transformer: CogVideoXTransformer3DModel, path: Path) -> dict[str, str]:
+    """Compare the matrices in the file `path` with the LoRA of `transformer`. Return the names in the file, by those
+    of this script. Raises RunError if they do not fit."""
+    problem = f"{path} does not fit the layers and the rank of this run"
+    with explain(problem, ValueError):
+        names = names_in_lora(path)
+    expected = {f"transformer.{name}": list(weight.shape) for name, weight in lora_parameters(transformer).items()}
+    found = {}
+    with safe_open(path, framework="pt") as file:
+        for name, name_in_file in names.items():
+            if not name.endswith(".alpha"):
+                found[name] = file.get_slice(name_in_file).get_shape()
+    differing = [name for name in sorted(expected | found) if expected.get(name) != found.get(name)]
+    if differing:
+        shapes = f"{differing[0]} is {found.get(differing[0], 'missing')}, not {expected.get(differing[0], 'needed')}"
+        raise RunError(f"{problem}: {shapes}")
+    return names
+
+
 def load_lora(transformer: CogVideoXTransformer3DModel, path: Path, factor: float = 1.0) -> None:
     """Read the file `path` into the LoRA of `transformer`. Its B are multiplied by `factor`, which makes up for
     another alpha. Raises RunError if file and LoRA do not fit."""
-    saved = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
-    parameters = lora_parameters(transformer)
-    if saved.keys() != parameters.keys() or any(saved[name].shape != parameters[name].shape for name in saved):
-        raise RunError(f"{path} does not fit the layers and the rank of this run")
-    for name, parameter in parameters.items():
-        parameter.data.copy_(saved[name])
+    names = check_lora(transformer, path)
+    saved = load_file(path)
+    for name, parameter in lora_parameters(transformer).items():
+        parameter.data.copy_(saved[names[f"transformer.{name}"]])
         if ".lora_B." in name:
             parameter.data *= factor
 

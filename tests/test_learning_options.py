@@ -244,6 +244,74 @@ def test_a_lora_whose_layers_differ_is_refused(script, run, flags, tmp_path, cap
     assert error.value.code == 2 and "its layers differ in rank or alpha" in capsys.readouterr().err
 
 
+FORMS = {
+    "peft": lambda name: f"base_model.model.{name.removeprefix('transformer.')}",
+    "peft with the adapter": lambda name: name.replace("transformer.", "base_model.model.", 1).replace(
+        ".weight", ".default.weight"
+    ),
+    "ComfyUI": lambda name: name.replace("transformer.", "diffusion_model.", 1),
+    "bare": lambda name: name.removeprefix("transformer."),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_lora_of_another_program_is_read_whatever_its_prefix(script, run, tmp_path, form):
+    """Its alpha stands in a tensor a layer. Here it is half the rank."""
+    earlier = run(rank=4, lora_alpha=4, learning_rate=1e-2)
+    weights = load_file(earlier / script.LORA_FILE)
+    named = {FORMS[form](name): tensor for name, tensor in weights.items()}
+    for name in list(named):
+        if "lora_A" in name:
+            named[name.split(".lora_A")[0] + ".alpha"] = torch.tensor(2.0)
+    save_file(named, tmp_path / "other.safetensors")
+    output = run(
+        init_lora=tmp_path / "other.safetensors", rank=None, lora_alpha=None, learning_rate=1e-12, max_train_steps=1
+    )
+    for name, tensor in load_file(output / script.LORA_FILE).items():  # where it has its strength in its matrices
+        expected = weights[name] * (0.5 if "lora_B" in name else 1)
+        torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_a_lora_that_says_no_alpha_has_strength_1_and_a_warning(script, run, tmp_path, caplog):
+    """As the original scripts' own files, of rank 128 and alpha 64."""
+    source = tmp_path / "bare.safetensors"
+    save_file(load_file(run(rank=4, lora_alpha=4) / script.LORA_FILE), source)
+    run(init_lora=source, rank=None, lora_alpha=None, max_train_steps=1)
+    assert f"--init_lora {source} says no alpha: it is taken at strength 1" in caplog.text
+    caplog.clear()
+    output = run(init_lora=source, rank=None, lora_alpha=2, learning_rate=1e-12, max_train_steps=1)
+    assert "says no alpha" not in caplog.text
+    trained = load_file(output / "checkpoint-1" / script.LORA_FILE)
+    for name, tensor in load_file(source).items():  # with the alpha that is given, its matrices are as they are
+        torch.testing.assert_close(trained[name], tensor, rtol=1e-5, atol=1e-8)
+
+
+REFUSED = {
+    "lora_unet_blocks_0_attn.lora_down.weight": "its names are those of kohya's scripts",
+    "text_encoder.layers.0.lora_A.weight": "it has a LoRA of the text encoder, too",
+    "transformer.transformer_blocks.0.attn1.to_q.lora_magnitude_vector": "it is a DoRA",
+    "transformer.transformer_blocks.0.attn1.to_q.diff": "is no matrix of a LoRA",
+    None: "it is empty",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_lora_to_start_from_is_refused_by_what_it_is(script, flags, capsys, tmp_path, name):
+    save_file({name: torch.zeros(4, 4)} if name else {}, tmp_path / "other.safetensors")
+    with pytest.raises(SystemExit) as error:
+        script.get_args(flags(init_lora=tmp_path / "other.safetensors", rank=None, lora_alpha=None))
+    assert error.value.code == 2 and REFUSED[name] in capsys.readouterr().err
+
+
+def test_a_lora_of_another_model_is_refused_before_anything_is_encoded(script, run, clips, tmp_path):
+    other = tiny.make_model(tmp_path / "other", num_layers=3)
+    source = run(pretrained_model_name_or_path=other, precompute_dir=tmp_path / "pre", rank=4, lora_alpha=4)
+    layer = r"transformer.transformer_blocks.2.attn1.to_k.lora_A.weight is \[4, \d+\], not needed"
+    with pytest.raises(script.RunError, match=f"does not fit the layers and the rank of this run: {layer}") as error:
+        run(init_lora=source, rank=None, lora_alpha=None, instance_data_root=clips, precompute_dir=None)
+    assert error.value.exit_code == 2 and not (clips / ".cogvideox_precomputed").exists()
+
+
 def with_metadata(script, run, folder: Path, changes: dict) -> Path:
     """A LoRA of rank 4 and alpha 2 whose metadata has other fields."""
     source = run(rank=4, lora_alpha=2) / "checkpoint-2" / script.LORA_FILE
@@ -269,7 +337,7 @@ def test_flags_that_contradict_the_lora_are_refused_with_both_values(script, run
         with pytest.raises(SystemExit) as error:
             script.get_args(flags(init_lora=source))
         said = capsys.readouterr().err
-        assert error.value.code == 2 and f"--init_lora {source} is no LoRA in diffusers' format" in said
+        assert error.value.code == 2 and f"--init_lora {source} is no LoRA" in said
 
 
 def test_defaults_of_the_lora(script):
