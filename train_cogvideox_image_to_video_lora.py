@@ -91,6 +91,7 @@ KIND = "image-to-video"  # I2V:
 DEFAULT_OUTPUT_DIR = "cogvideox-i2v-lora"  # I2V:
 IMAGE_LOG_SIGMA = (-3.0, 0.5)  # I2V: mean and deviation of the log of the noise level that a first frame gets
 TRAINERS = {"text-to-video": "train_cogvideox_lora.py", "image-to-video": "train_cogvideox_image_to_video_lora.py"}
+TRACKERS = "tensorboard wandb comet_ml aim clearml dvclive mlflow swanlab trackio all".split()  # accelerate's
 LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 LORA_FILE = "pytorch_lora_weights.safetensors"
 WEIGHT_FILES = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -116,6 +117,7 @@ OTHER_MEMORY = 1.5 * 2**30
 # whole latent pixels.
 SMALL_TILES = (144, 160)
 RESUME_HINT = "To continue, give the same command with --resume_from_checkpoint latest."
+SEED_LIMIT = 2**32 - 10_000  # numpy takes seeds below 2**32, and accelerate adds the number of the process
 OTHER_LOST = "another process of this run was lost"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # What a resumed run takes from its checkpoint: the position in the data, and what was decided by the card's memory.
@@ -203,11 +205,11 @@ def add_validation_args(parser: argparse.ArgumentParser) -> None:
     add = functools.partial(add_flag, parser.add_argument_group("validation"))
     add("--validation_prompt", help="one or more prompts, joined by the separator")
     add("--validation_prompt_separator", default=":::", help="between prompts")
-    add("--num_validation_videos", type=whole_from_1, default=1, help="videos a prompt")
+    add("--num_validation_videos", type=whole_from_0, default=1, help="videos a prompt; 0: none")
     add("--validation_epochs", type=whole_from_1, default=50, help="validate every N epochs")
     add("--validation_steps", type=whole_from_1, help="validate every N steps instead")
     add("--num_inference_steps", type=whole_from_1, default=50, help="denoising steps of a validation video")
-    add("--guidance_scale", type=from_0, default=6, help="strength of the prompt; 1: as in training")
+    add("--guidance_scale", type=finite, default=6, help="strength of the prompt; 1: as in training")
     add("--use_dynamic_cfg", action="store_true", help="the pipeline's cosine guidance schedule")
     add("--validation_images", help="a start image (path or URL) for each prompt, joined by the separator")  # I2V:
     dropout = "probability of training a clip without its first frame"  # I2V:
@@ -219,11 +221,11 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     add = functools.partial(add_flag, parser.add_argument_group("training"))
     add("--seed", type=seed_number, help="makes the run repeatable")
     add("--train_batch_size", type=whole_from_1, default=4, help="clips a process and micro-batch")
-    add("--num_train_epochs", type=whole_from_1, default=1, help="times that each clip is trained on")
-    add("--max_train_steps", type=whole_from_1, help="optimizer steps; overrides --num_train_epochs")
+    add("--num_train_epochs", type=whole_from_0, default=1, help="times that each clip is trained on")
+    add("--max_train_steps", type=whole_from_0, help="optimizer steps; overrides --num_train_epochs")
     add("--gradient_accumulation_steps", type=whole_from_1, default=1, help="micro-batches an optimizer step")
     add("--checkpointing_steps", type=whole_from_1, default=500, help="optimizer steps between checkpoints")
-    add("--checkpoints_total_limit", type=whole_from_1, help="how many checkpoints to keep; default: all")
+    add("--checkpoints_total_limit", type=whole_from_0, help="checkpoints to keep, the newest at least; default: all")
     add("--resume_from_checkpoint", help='"latest", or a checkpoint')
     add("--nccl_timeout", type=whole_from_1, default=600, help="seconds that a collective of a training step may take")
 
@@ -231,7 +233,7 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     optimizers = ["adam", "adamw", "prodigy"]
     add("--optimizer", type=str.lower, choices=optimizers, default="adam", help="what changes the LoRA's weights")
     add("--use_8bit_adam", action="store_true", help="8-bit states of bitsandbytes, for adam and adamw")
-    add("--learning_rate", type=above_0, default=1e-4, help="1 for prodigy, which finds its own scale")
+    add("--learning_rate", type=from_0, default=1e-4, help="1 for prodigy, which finds its own scale")
     add("--scale_lr", action="store_true", help="learning rate times accumulation, batch size and processes")
     schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
     add("--lr_scheduler", choices=schedules, default="constant", help="the learning rate over the steps")
@@ -242,7 +244,7 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     add("--adam_beta2", type=below_1, default=0.95, help="decay of the mean of their squares")
     add("--adam_weight_decay", type=from_0, default=1e-4, help="also of prodigy, as are the betas")
     add("--adam_epsilon", type=above_0, default=1e-8, help="added to the divisor of a step")
-    add("--max_grad_norm", type=above_0, default=1.0, help="gradients are clipped to this norm")
+    add("--max_grad_norm", type=above_0_or_inf, default=1.0, help="gradients are clipped to this norm; or inf")
     add("--prodigy_beta3", type=below_1, help="default: square root of beta2")
     add("--prodigy_decouple", action="store_true", help="weight decay decoupled, as in AdamW")
     add("--prodigy_use_bias_correction", action="store_true", help="Adam's correction of its first steps")
@@ -251,7 +253,7 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     add = functools.partial(add_flag, parser.add_argument_group("output"))
     add("--output_dir", default=DEFAULT_OUTPUT_DIR, help="for the LoRA, its card, checkpoints and videos")
     add("--logging_dir", default="logs", help="for the trackers' files, under the output dir")
-    add("--report_to", choices=["tensorboard", "wandb", "comet_ml", "all"], help="default: no tracker")
+    add("--report_to", choices=TRACKERS, help="default: no tracker")
     add("--tracker_name", help=f"project name at the tracker; default: {DEFAULT_OUTPUT_DIR}")
     add("--push_to_hub", action="store_true", help="upload the LoRA, its card and sample videos at the end")
     add("--hub_model_id", help="repository; default: name of the output dir")
@@ -348,12 +350,12 @@ def validation_inputs(args: Namespace) -> list[dict]:  # I2V:
     cropped as a clip is; the pipeline would squeeze it. Raises RunError."""
     prompts = args.validation_prompt.split(args.validation_prompt_separator) if args.validation_prompt else []
     paths = args.validation_images.split(args.validation_prompt_separator) if args.validation_images else []
-    if len(prompts) != len(paths):
+    if prompts and len(prompts) != len(paths):
         counts = f"{len(prompts)} in --validation_prompt, {len(paths)} in --validation_images"
         raise RunError(f"every validation prompt needs its start image: there are {counts}")
     inputs = []
     problems = []
-    for prompt, path in zip(prompts, paths, strict=True):
+    for prompt, path in zip(prompts, paths, strict=False):
         try:
             image = open_image(path)
             if args.video_reshape_mode != "stretch":
@@ -463,10 +465,10 @@ def layer_names(names: Iterable[str]) -> list[str]:
 
 
 def flag_value(kind: type, limits: str, is_valid: Callable, text: str) -> float:
-    """Return the number that a flag has. Raises argparse.ArgumentTypeError if it is not finite or not in `limits`."""
+    """Return the number that a flag has. Raises argparse.ArgumentTypeError if it is not in `limits`."""
     with contextlib.suppress(ValueError, OverflowError):
         value = kind(text)
-        if math.isfinite(value) and is_valid(value):
+        if is_valid(value):
             return value
     raise argparse.ArgumentTypeError(f"must be {limits}, not {text}")
 
@@ -506,11 +508,13 @@ def quantization(text: str) -> str:
 
 whole_from_1 = functools.partial(flag_value, int, "a whole number, 1 or more", lambda value: value >= 1)
 whole_from_0 = functools.partial(flag_value, int, "a whole number, 0 or more", lambda value: value >= 0)
-above_0 = functools.partial(flag_value, float, "a number, more than 0", lambda value: value > 0)
-from_0 = functools.partial(flag_value, float, "a number, 0 or more", lambda value: value >= 0)
+finite = functools.partial(flag_value, float, "a number", math.isfinite)
+above_0 = functools.partial(flag_value, float, "a number, more than 0", lambda value: 0 < value < math.inf)
+above_0_or_inf = functools.partial(flag_value, float, "a number, more than 0", lambda value: value > 0)
+from_0 = functools.partial(flag_value, float, "a number, 0 or more", lambda value: 0 <= value < math.inf)
 below_1 = functools.partial(flag_value, float, "a number, at least 0 and less than 1", lambda value: 0 <= value < 1)
 from_0_to_1 = functools.partial(flag_value, float, "from 0 to 1", lambda value: 0 <= value <= 1)
-seed_number = functools.partial(flag_value, int, f"from 0 to {2**31 - 1}", lambda value: 0 <= value < 2**31)
+seed_number = functools.partial(flag_value, int, f"from 0 to {2**32 - 1}", lambda value: 0 <= value < 2**32)
 
 
 class OneMessageParser(argparse.ArgumentParser):
@@ -677,7 +681,9 @@ def main(args: Namespace) -> None:
             dataset = LatentDataset(clips, prompt_files[""], args.eval_split, seed)
         loader, sampler = get_dataloader(args, accelerator, dataset, seed)
         steps_per_epoch = math.ceil(len(sampler) / args.gradient_accumulation_steps)
-        max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+        max_train_steps = args.max_train_steps
+        if max_train_steps is None:
+            max_train_steps = args.num_train_epochs * steps_per_epoch
         if len(sampler) < args.gradient_accumulation_steps:
             asked = f"--gradient_accumulation_steps {args.gradient_accumulation_steps} asks for"
             logger.warning(f"An epoch has {len(sampler)} micro-batches, fewer than {asked}: a step has those alone.")
@@ -708,7 +714,7 @@ def main(args: Namespace) -> None:
             seed, is_encoded_in_tiles=is_in_tiles,
         )
         # From here on each process draws its own noise.
-        set_seed(seed, device_specific=True)
+        set_seed(seed % SEED_LIMIT, device_specific=True)
         if checkpoint is not None:
             resume(run, checkpoint)
         logger.info(f"Steps: {max_train_steps}, {steps_per_epoch} an epoch")
@@ -2711,7 +2717,7 @@ def get_optimizer(args: Namespace, params_to_optimize, use_deepspeed: bool = Fal
     for the optimizer that DeepSpeed's own configuration defines."""
     if use_deepspeed:
         from accelerate.utils.deepspeed import DummyOptim
-        return DummyOptim(params_to_optimize, lr=args.learning_rate)
+        return DummyOptim(params_to_optimize, lr=args.learning_rate, weight_decay=args.adam_weight_decay)
     common = {
         "lr": args.learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),
@@ -2722,6 +2728,8 @@ def get_optimizer(args: Namespace, params_to_optimize, use_deepspeed: bool = Fal
         from prodigyopt import Prodigy
         if args.use_8bit_adam:
             logger.warning("--use_8bit_adam has no effect with --optimizer prodigy.")
+        if args.learning_rate <= 0.1:
+            logger.warning(f"--learning_rate {args.learning_rate:g} is low for prodigy, which is made for 1.")
         return Prodigy(
             params_to_optimize, **common, beta3=args.prodigy_beta3, decouple=args.prodigy_decouple,
             use_bias_correction=args.prodigy_use_bias_correction, safeguard_warmup=args.prodigy_safeguard_warmup,
@@ -2753,7 +2761,7 @@ def prepare(args: Namespace, accelerator: Accelerator, transformer: torch.nn.Mod
         group["fused"] = True
     optimizer = get_optimizer(args, [group], use_deepspeed="optimizer" in defined)
     make_schedule = functools.partial(
-        get_scheduler, args.lr_scheduler, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps,
+        get_scheduler, args.lr_scheduler, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max(1, max_train_steps),
         num_cycles=args.lr_num_cycles, power=args.lr_power,
     )
     if "scheduler" in defined:
@@ -2854,8 +2862,8 @@ def save_checkpoint(run: Run) -> None:
             os.replace(partial, folder)
             flush(folder.parent)
             logger.info(f"Saved {folder}")
-            if run.args.checkpoints_total_limit:
-                for old in list_checkpoints(folder.parent)[: -run.args.checkpoints_total_limit]:
+            if run.args.checkpoints_total_limit is not None:
+                for old in list_checkpoints(folder.parent)[: -max(1, run.args.checkpoints_total_limit)]:
                     remove_checkpoint(old)
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
@@ -3066,7 +3074,7 @@ def resume(run: Run, folder: Path) -> None:
     for name in RUN_STATE:
         setattr(run, name, content["state"].get(name, getattr(run, name)))  # older checkpoints do not have all
     # A process without generators in the checkpoint must not draw the run's first noise again.
-    set_seed(run.seed + run.step, device_specific=True)
+    set_seed((run.seed + run.step) % SEED_LIMIT, device_specific=True)
     # DeepSpeed reads its own file, which has the LoRA in fp32 and in the compute dtype.
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         load_lora(run.base, folder / LORA_FILE)
@@ -3138,7 +3146,7 @@ def run_validation(run: Run, is_final: bool = False) -> list[tuple[str, Path]]:
     full disk) is logged, and training continues. A signal to stop ends the sampling."""
     args = run.args
     accelerator = run.accelerator
-    inputs = validation_inputs(args)
+    inputs = validation_inputs(args) if args.num_validation_videos else []
     own = range(accelerator.process_index, len(inputs), accelerator.num_processes)  # prompts of this process
     sampled = []
     run.base.eval()
@@ -3298,6 +3306,8 @@ CARD = """---
 
 # {repo_id}
 
+<Gallery />
+
 A LoRA for {kind} with {base_model}.
 
 {trigger}```py
@@ -3359,7 +3369,9 @@ def save_model_card(
         base_model=None if Path(base_model).is_dir() else base_model,
         library_name="diffusers",
         pipeline_tag=KIND,
-        tags=[KIND, "diffusers-training", "diffusers", "lora", "cogvideox", "template:sd-lora"],
+        tags=[
+            KIND, "diffusers-training", "diffusers", "lora", "cogvideox", "cogvideox-diffusers", "template:sd-lora"
+        ],
         instance_prompt=id_token or None,
         widget=widget or None,
         **licence,
@@ -3532,6 +3544,10 @@ def get_accelerator(args: Namespace) -> tuple[Accelerator, str]:
     config["zero_force_ds_cpu_optimizer"] = False
     # DeepSpeed computes with a copy of the LoRA in the compute dtype; it learns and sums gradients in fp32.
     config["communication_data_type"] = "fp32"
+    optimizer = config.get("optimizer", {}).get("params", {})
+    for name, value in (("betas", [args.adam_beta1, args.adam_beta2]), ("eps", args.adam_epsilon)):
+        if optimizer.get(name) == "auto":  # accelerate fills in lr and weight_decay alone
+            optimizer[name] = value
     config["data_types"] = config.get("data_types", {}) | {"grad_accum_dtype": "fp32"}
     return accelerator, f"deepspeed zero{plugin.zero_stage}"
 

@@ -149,7 +149,7 @@ def test_what_deepspeed_defines_is_not_defined_twice(plain, deepspeed, tmp_path,
         "gradient_accumulation_steps": "auto",
         "optimizer": {
             "type": "AdamW",
-            "params": {"lr": "auto", "weight_decay": "auto", "betas": [0.9, 0.95], "torch_adam": True},
+            "params": {"lr": "auto", "weight_decay": "auto", "betas": "auto", "eps": "auto", "torch_adam": True},
         },
     }
     if "scheduler" in defined:
@@ -161,7 +161,11 @@ def test_what_deepspeed_defines_is_not_defined_twice(plain, deepspeed, tmp_path,
         "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nnum_machines: 1\nnum_processes: 1\n"
         f"deepspeed_config:\n  deepspeed_config_file: {tmp_path / 'deepspeed.json'}\n  zero3_init_flag: false\n"
     )
-    deepspeed(config, checkpointing_steps=100)
+    hyper = {"adam_weight_decay": 0.03, "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-7}
+    deepspeed(config, checkpointing_steps=100, **hyper)
+    (states,) = (tmp_path / "output").glob("checkpoint-*/pytorch_model/*optim_states.pt")
+    group = torch.load(states, weights_only=False)["optimizer_state_dict"]["base_optimizer_state"]["param_groups"][0]
+    assert (group["weight_decay"], group["betas"], group["eps"]) == (0.03, (0.8, 0.9), 1e-7)
     expected = rates(plain)
     if "scheduler" in defined:  # DeepSpeed's warm-ups take their first step at zero
         expected = [0.0, *expected[:-1]]
