@@ -1,5 +1,6 @@
 # make demo             trains a LoRA of a tiny model and writes a page about it
 # make demo KIND=i2v    the same for image-to-video
+# make smoke            tries both scripts from end to end with tiny models, in under a minute
 # make test             runs ruff and the test suite, in JOBS processes (one a core)
 # make test-slow        runs the tests that take minutes, too
 # make clean            removes the virtual environment and the demo's files
@@ -15,7 +16,7 @@ export TOKENIZERS_PARALLELISM := false
 # Without bytecode files each start of a script takes 30 s in place of 14.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow clean
+.PHONY: demo smoke test test-slow clean
 .DEFAULT_GOAL := test
 
 # uv installs the 6 GB of requirements several times faster than pip, and shares the files between environments.
@@ -41,5 +42,9 @@ demo: $(VENV)/.installed
 	DEMO=$(DEMO) KIND=$(KIND) PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/demo.sh
 	$(BIN)/python tools/report.py $(DEMO)/smiley
 
+smoke: $(VENV)/.installed
+	$(BIN)/python demo/smoke.py .smoke
+	rm -rf .smoke
+
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(DEMO) .smoke

@@ -2761,8 +2761,8 @@ def prepare(args: Namespace, accelerator: Accelerator, transformer: torch.nn.Mod
         group["fused"] = True
     optimizer = get_optimizer(args, [group], use_deepspeed="optimizer" in defined)
     make_schedule = functools.partial(
-        get_scheduler, args.lr_scheduler, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max(1, max_train_steps),
-        num_cycles=args.lr_num_cycles, power=args.lr_power,
+        get_scheduler, args.lr_scheduler, num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=max(1, max_train_steps), num_cycles=args.lr_num_cycles, power=args.lr_power,
     )
     if "scheduler" in defined:
         # accelerate divides the total by the number of processes again, but not the warm-up.

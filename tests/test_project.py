@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from conftest import BOTH, ROOT, SCRIPTS, Child, reset_accelerate
 from PIL import Image
@@ -108,7 +109,7 @@ def test_the_train_and_resume_commands_do_what_the_readme_says(model, models, cl
 def test_other_commands_exist():
     others = {line for block in BASH if "=(" not in block for line in block.splitlines()}
     others -= {line for block in [*LAUNCHES.values(), CARRY_OVER] for line in block.splitlines()}
-    made = {"make demo", "make demo KIND=i2v", "make test", "make test-slow"}
+    made = {"make demo", "make demo KIND=i2v", "make smoke", "make test", "make test-slow"}
     made_elsewhere = {"pip install -r requirements.txt", "uv run train_cogvideox_lora.py --help"}
     made_elsewhere |= {"bash scripts/on_gpu.sh results", "python -m pytest -m gpu tests/test_gpu.py"}
     made_elsewhere |= {".venv/bin/ruff check .", ".venv/bin/python -m pytest tests/test_data.py"}
@@ -121,6 +122,19 @@ def test_other_commands_exist():
         assert (ROOT / path).exists(), path
     for command in re.findall(r"`python (\S+\.py)", TEXTS):
         assert (ROOT / command).is_file(), command
+
+
+def test_the_workflow_of_github_runs_the_smoke_test():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "smoke.yml").read_text())
+    assert workflow["jobs"]["smoke"]["steps"][-1] == {"run": "make smoke"}
+
+
+@pytest.mark.slow
+def test_smoke(tmp_path):
+    """Half a minute on two idle cores."""
+    command = [sys.executable, str(ROOT / "demo" / "smoke.py"), str(tmp_path / "smoke")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "their LoRAs load" in done.stdout, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("name", ["5b", "5b-i2v"])
