@@ -77,7 +77,7 @@ import time
 import warnings
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -525,8 +525,9 @@ class OneMessageParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: this command line cannot work (--help lists all flags):\n{problem}\n")
 
 
-class RunError(Exception):
-    """End the run with one message. Exit code 1: the LoRA cannot be written, 2: wrong input, 3: loss or weights that
+class RunError(ValueError):
+    """End the run with one message. It is a ValueError, which code written against the original scripts expects of a
+    problem with the data. Exit code 1: the LoRA cannot be written, 2: wrong input, 3: loss or weights that
     are not finite, 4: failed upload, 5: another process was lost, 6: out of device memory, 128 + n: stopped by
     signal n. `is_shared`: all processes raise it together, so the first one of a machine prints it for all."""
 
@@ -609,6 +610,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import T5EncoderModel, T5Tokenizer
 
 PIPELINE = CogVideoXImageToVideoPipeline  # I2V:
+OUTPUT_TYPE = "pil"  # I2V:
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -617,6 +619,9 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def main(args: Namespace) -> None:
     """Check, precompute, train, save, publish: the stages in order. Raises RunError."""
+    if not hasattr(args, "init_lora"):  # a Namespace with the original scripts' flags alone
+        defaults = get_args(["--pretrained_model_name_or_path", args.pretrained_model_name_or_path])
+        args = Namespace(**vars(defaults) | vars(args))
     check_args(args)
     # A problem of one process or machine ends all of them with its message.
     with shared_work():
@@ -954,19 +959,18 @@ def rotary_for(transformer_config, vae_config: dict, latents: Tensor) -> tuple[T
     config = transformer_config
     num_frames, _, height, width = latents.shape[1:]
     scale = pixels_per_latent(vae_config)
-    return prepare_rotary_positional_embeddings(
+    return cached_rotary_positions(
         height * scale, width * scale, num_frames, scale, config.patch_size, config.attention_head_dim,
         latents.device, config.sample_height * scale, config.sample_width * scale, config.patch_size_t,
     )
 
 
-@functools.lru_cache(maxsize=32)
 def prepare_rotary_positional_embeddings(
     height: int, width: int, num_frames: int, vae_scale_factor_spatial: int = 8, patch_size: int = 2,
     attention_head_dim: int = 64, device: torch.device | None = None, base_height: int = 480, base_width: int = 720,
     patch_size_t: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the rotary positions (cos, sin) of all video tokens, each [f * h/p * w/p, head dim]; made once a shape.
+    """Return the rotary positions (cos, sin) of all video tokens, each [f * h/p * w/p, head dim].
     `height`, `width` and the base size that the model was trained at are in pixels, `num_frames` in latent frames.
     With `patch_size_t` (CogVideoX 1.5), f / patch_size_t tokens along time, and the base size is the largest one.
     Source: CogVideoXPipeline._prepare_rotary_positional_embeddings."""
@@ -980,6 +984,9 @@ def prepare_rotary_positional_embeddings(
         )
     crops_coords = get_resize_crop_region_for_grid(grid_size, base_size[1], base_size[0])
     return get_3d_rotary_pos_embed(attention_head_dim, crops_coords, grid_size, num_frames, device=device)
+
+
+cached_rotary_positions = functools.lru_cache(maxsize=32)(prepare_rotary_positional_embeddings)  # made once a shape
 
 
 def pixels_per_latent(vae_config: dict) -> int:
@@ -1654,10 +1661,10 @@ class VideoDataset(Dataset):
     def __init__(
         self, instance_data_root: str | None = None, dataset_name: str | None = None,
         dataset_config_name: str | None = None, caption_column: str = "text", video_column: str = "video",
-        height: int = 480, width: int = 720, video_reshape_mode: str = "center", fps: int = 8,
+        height: int = 480, width: int = 720, video_reshape_mode: str = "center", fps: int = 8,  # I2V:
         max_num_frames: int = 49, skip_frames_start: int = 0, skip_frames_end: int = 0, cache_dir: str | None = None,
         id_token: str | None = None, frame_sampling: str = "stride", seed: int | None = None,
-        buckets: list[tuple[int, int, int]] | None = None, video_reader: str = "pyav",
+        buckets: list[tuple[int, int, int]] | None = None, video_reader: str = "pyav",  # I2V:
     ):
         root = Path(instance_data_root or "")
         if dataset_name is not None:
@@ -1667,15 +1674,7 @@ class VideoDataset(Dataset):
         elif not (root / caption_column).is_file():
             self.records = read_captions_beside(root, caption_column)
         else:
-            captions = read_lines(root / caption_column)
-            videos = read_lines(root / video_column)
-            if not is_file_in(root, videos) and is_file_in(root, captions):
-                raise RunError("--caption_column and --video_column are swapped: the captions are paths of files")
-            if len(captions) != len(videos):
-                lengths = f"{root / caption_column} has {len(captions)} lines, {root / video_column} has {len(videos)}"
-                raise RunError(f"captions and videos do not pair up: {lengths}")
-            paths = [str(root / video) for video in videos]
-            self.records = list(map(VideoRecord, captions, paths))
+            self.records = read_line_files(root, root / caption_column, root / video_column)
         if not self.records:
             raise RunError(f"no clips in {dataset_name or instance_data_root}: its captions and videos are empty")
         missing = []
@@ -1699,17 +1698,31 @@ class VideoDataset(Dataset):
             self.settings["fps"] = fps
         if video_reshape_mode in ("random", "none"):
             self.settings["seed"] = seed
+        # The names of the original scripts, for code that was written against them.
+        self.instance_data_root = Path(instance_data_root) if instance_data_root is not None else None
+        self.dataset_name = dataset_name
+        self.dataset_config_name = dataset_config_name
+        self.caption_column = caption_column
+        self.video_column = video_column
+        self.height = height
+        self.width = width
+        self.fps = fps
+        self.max_num_frames = max_num_frames
+        self.skip_frames_start = skip_frames_start
+        self.skip_frames_end = skip_frames_end
+        self.cache_dir = cache_dir
         self.id_token = (id_token or "").strip()
-        self.instance_prompts = [record.caption for record in self.records]
+        self.instance_prompts = [self.prompt(index) for index in range(len(self.records))]  # I2V:
         self.instance_video_paths = [Path(record.path) for record in self.records]
         self.num_instance_videos = len(self.records)
+        self.instance_videos = DecodedVideos(self)
 
     def __len__(self) -> int:
         return self.num_instance_videos
 
     def prompt(self, index: int) -> str:
         """Return what the text encoder is given for clip `index`: the trigger word, one space, the caption."""
-        return f"{self.id_token} {self.instance_prompts[index]}".strip()
+        return f"{self.id_token} {self.records[index].caption}".strip()
 
     def content_hashes(self) -> list[str]:
         """Return the hash of each clip's content."""
@@ -1759,14 +1772,50 @@ class VideoDataset(Dataset):
         return {"instance_prompt": self.prompt(index), "instance_video": video, "kept": kept, "notes": clip.notes}
 
 
+class DecodedVideos(Sequence):
+    """The videos [F, C, H, W] of a `VideoDataset` as a sequence: each is decoded when it is asked for."""
+
+    def __init__(self, dataset: VideoDataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Tensor:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self.dataset[index % len(self)]["instance_video"]
+
+
 def is_file_in(root: Path, names: list[str]) -> bool:
     """Return whether the first of these names is that of a file below `root`."""
     return bool(names) and os.path.isfile(root / names[0])  # unlike Path.is_file, it takes a long caption
 
 
+def read_line_files(root: Path, caption_file: Path, video_file: Path) -> list[VideoRecord]:
+    """Return records of two files of lines: line i of one belongs to line i of the other. A line that is blank in both
+    is left out. Raises RunError where they do not pair up."""
+    captions = read_lines(caption_file)
+    videos = read_lines(video_file)
+    if not is_file_in(root, videos) and is_file_in(root, captions):
+        raise RunError("--caption_column and --video_column are swapped: the captions are paths of files")
+    if len(captions) != len(videos):
+        lengths = f"{caption_file} has {len(captions)} lines, {video_file} has {len(videos)}"
+        raise RunError(f"captions and videos do not pair up: {lengths}")
+    records = []
+    blank = []
+    for number, (caption, video) in enumerate(zip(captions, videos, strict=True), start=1):
+        if caption and video:
+            records.append(VideoRecord(caption, str(root / video)))
+        elif caption or video:
+            blank.append(f"line {number} of {video_file if caption else caption_file}")
+    if blank:
+        raise RunError(f"these lines are blank, and not in the other file: fill or remove them\n{listing(blank)}")
+    return records
+
+
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a text file, stripped, without the blank ones at its end. Raises RunError for a blank line
-    in the middle: to leave it out would shift every later line against the other file's."""
+    """Return the lines of a text file, stripped, without the blank ones at its end. Raises RunError."""
     if not path.is_file():
         raise RunError(f"{path} is missing: --caption_column and --video_column name the two files of lines")
     with explain(f"{path} cannot be read as UTF-8 text", (OSError, UnicodeDecodeError)):
@@ -1774,11 +1823,7 @@ def read_lines(path: Path) -> list[str]:
     if not text:
         return []
     # Only "\n" ends a line: str.splitlines would also cut at form feeds and Unicode separators within a caption.
-    lines = [line.strip() for line in text.split("\n")]
-    blank = [str(position) for position, line in enumerate(lines, start=1) if not line]
-    if blank:
-        raise RunError(f"{path} has blank lines in the middle (line {', '.join(blank[:20])}): fill or remove them")
-    return lines
+    return [line.strip() for line in text.split("\n")]
 
 
 def read_captions_beside(root: Path, missing_file: str) -> list[VideoRecord]:
@@ -2373,12 +2418,15 @@ def encode_prompt(
     return prompt_embeds.repeat_interleave(num_videos_per_prompt, dim=0)  # [n, S, D]
 
 
+_get_t5_prompt_embeds = encode_prompt  # the original scripts' other name for it
+
+
 def compute_prompt_embeddings(
     tokenizer: T5Tokenizer, text_encoder: T5EncoderModel, prompt: str | list[str], max_sequence_length: int,
     device: torch.device, dtype: torch.dtype, requires_grad: bool = False,
 ) -> Tensor:
     """Return `encode_prompt` for one video a prompt, without gradients unless asked: [n, S, D]."""
-    with torch.set_grad_enabled(requires_grad):
+    with contextlib.nullcontext() if requires_grad else torch.no_grad():
         return encode_prompt(tokenizer, text_encoder, prompt, 1, max_sequence_length, device, dtype)
 
 
@@ -2724,7 +2772,8 @@ def get_optimizer(args: Namespace, params_to_optimize, use_deepspeed: bool = Fal
         "eps": args.adam_epsilon,
         "weight_decay": args.adam_weight_decay,
     }
-    if args.optimizer == "prodigy":
+    name = args.optimizer.lower()
+    if name == "prodigy":
         from prodigyopt import Prodigy
         if args.use_8bit_adam:
             logger.warning("--use_8bit_adam has no effect with --optimizer prodigy.")
@@ -2734,7 +2783,9 @@ def get_optimizer(args: Namespace, params_to_optimize, use_deepspeed: bool = Fal
             params_to_optimize, **common, beta3=args.prodigy_beta3, decouple=args.prodigy_decouple,
             use_bias_correction=args.prodigy_use_bias_correction, safeguard_warmup=args.prodigy_safeguard_warmup,
         )
-    optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
+    optimizer_class = torch.optim.Adam if name == "adam" else torch.optim.AdamW
+    if name not in ("adam", "adamw"):  # of code that calls this: the command line knows its values
+        logger.warning(f"There is no optimizer {args.optimizer}: AdamW is taken.")
     if args.use_8bit_adam:
         import bitsandbytes
         optimizer_class = getattr(bitsandbytes.optim, f"{optimizer_class.__name__}8bit")
@@ -3192,16 +3243,21 @@ def log_validation(
     is_final_validation: bool = False, files: list[Path] | None = None,
 ) -> list[np.ndarray]:
     """Sample --num_validation_videos with `pipeline_args`, the same ones each time for one --seed. They are written to
-    `files`, else to <output_dir>/validation and the trackers. Return the videos, [F, H, W, C] in [0, 1]."""
+    `files`, else to <output_dir>/validation and the trackers: after other prompts of the same `epoch`, if there are
+    some. Return the videos: [F, H, W, C] in [0, 1], of images lists of pictures."""
     # CogVideoX is sampled with the DPM scheduler; a fresh one, since it keeps state from call to call.
     pipe.scheduler = CogVideoXDPMScheduler.from_config(pipe.scheduler.config)
     # Its own generator: sampling must neither depend on the training's random numbers nor advance them.
     generator = torch.Generator(accelerator.device).manual_seed(0 if args.seed is None else args.seed)
-    paths = files or validation_files(args, epoch, is_final_validation, 0)
+    paths = files
+    number = 0  # of the prompt
+    while paths is None or (files is None and any(path.exists() for path in paths)):
+        paths = validation_files(args, epoch, is_final_validation, number)
+        number += 1
     videos = []
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
-        video = pipe(**pipeline_args, generator=generator, output_type="np").frames[0]  # [>=F, H, W, C]
+        video = pipe(**pipeline_args, generator=generator, output_type=OUTPUT_TYPE).frames[0]  # [>=F, H, W, C]
         # Of an even number of latent frames the VAE makes four frames of the first one too: the last F are the video.
         video = video[-pipeline_args.get("num_frames", 0) :]  # [F, H, W, C]
         export_to_video(list(video), str(path), fps=args.fps)

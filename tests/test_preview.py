@@ -192,7 +192,8 @@ def test_grey_is_what_is_cropped_away(script, flags, tmp_path, mode):
         file.write(bytes(8))  # another file, with the same frames
     words = flags(instance_data_root=clips, video_reshape_mode=mode, seed=5)
     preview([*words, "--page", str(tmp_path / "page.html")])
-    dataset = script.VideoDataset(clips, None, None, "prompts.txt", "videos.txt", 64, 96, mode, seed=5)
+    columns = ("prompts.txt", "videos.txt")
+    dataset = script.VideoDataset(clips, None, None, *columns, 64, 96, video_reshape_mode=mode, seed=5)
     parts = []
     for card in read_page(tmp_path / "page.html"):
         picture = card.pictures[0]
@@ -212,8 +213,9 @@ def test_shown_frames_are_those_of_the_training(script, flags, tmp_path, samplin
     settings = {"instance_data_root": clips, "max_num_frames": 13, "skip_frames_start": 3, "frame_sampling": sampling}
     preview([*flags(**settings), "--page", str(tmp_path / "page.html")], script.__name__)
     dataset = script.VideoDataset(
-        clips, None, None, "prompts.txt", "videos.txt", 64, 96, "center", 8, 13, 3, frame_sampling=sampling
-    )
+        clips, None, None, "prompts.txt", "videos.txt", 64, 96, fps=8, max_num_frames=13, skip_frames_start=3,
+        frame_sampling=sampling,
+    )  # fmt: skip
     trained = (dataset[0]["instance_video"].mean((1, 2, 3)) * 127.5 + 127.5).tolist()  # [F]
     (card,) = read_page(tmp_path / "page.html")
     shown = [picture.mean() for picture in card.pictures]

@@ -22,7 +22,9 @@ from PIL import Image
 EXPORTED = {
     "get_args": "argv",
     "VideoDataset": "instance_data_root dataset_name dataset_config_name caption_column video_column height width "
-    "video_reshape_mode fps max_num_frames skip_frames_start skip_frames_end cache_dir id_token",
+    "{mode}fps max_num_frames skip_frames_start skip_frames_end cache_dir id_token",
+    "_get_t5_prompt_embeds": "tokenizer text_encoder prompt num_videos_per_prompt max_sequence_length device dtype "
+    "text_input_ids",
     "encode_prompt": "tokenizer text_encoder prompt num_videos_per_prompt max_sequence_length device dtype "
     "text_input_ids",
     "compute_prompt_embeddings": "tokenizer text_encoder prompt max_sequence_length device dtype requires_grad",
@@ -35,10 +37,11 @@ EXPORTED = {
 }
 
 
+@BOTH
 @pytest.mark.parametrize("name", EXPORTED)
-def test_names_and_parameters_stay(script, name):
+def test_names_and_parameters_stay(script, kind, name):
     parameters = list(script.inspect.signature(getattr(script, name)).parameters.values())
-    expected = EXPORTED[name].split()
+    expected = EXPORTED[name].format(mode="video_reshape_mode " if kind == "i2v" else "").split()
     assert [parameter.name for parameter in parameters[: len(expected)]] == expected
     assert all(parameter.default is not parameter.empty for parameter in parameters[len(expected) :])
 

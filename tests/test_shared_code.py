@@ -13,6 +13,8 @@ TAG = "# I2V:"
 # What has the same name and not the same source, and why.
 EXCEPTIONS = {
     "KIND": "what the script trains",
+    "OUTPUT_TYPE": "what log_validation returns",
+    "VideoDataset": "each original has its own order of parameters",
     "PIPELINE": "what samples with it",
     "DEFAULT_OUTPUT_DIR": "each original has its own",
     "add_validation_args": "flags about images",
@@ -121,7 +123,7 @@ DRIFTS = {
     "a shared function": ("    run.optimizer.zero_grad()\n", "    run.optimizer.zero_grad(False)\n"),
     "a shared constant": ('"to_out.0"]', '"to_out.0", "proj"]'),
     "a comment in a shared function": ("# Nothing before this line waits for the GPU", "# Nothing waits"),
-    "a decorator": ("@functools.lru_cache(maxsize=32)\ndef prepare", "def prepare"),
+    "a decorator": ("@functools.cache\ndef waiting_group", "def waiting_group"),
     "an exception, beside its tagged lines": ("noise = torch.randn_like(latents)", "noise = torch.rand_like(latents)"),
     "a statement of an exception": ("    x0_pred = noise_scheduler", "    noise_scheduler"),
     "a line added to an exception": ("    if timesteps is None:\n", "    if timesteps is None:\n        print()\n"),

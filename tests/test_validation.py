@@ -9,6 +9,7 @@ import sys
 import time
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from conftest import BOTH, ROOT
@@ -52,7 +53,10 @@ def sampled(script, run, monkeypatch, **changes):
 
     def spy(self, *args, **kwargs):
         output = sample(self, *args, **kwargs)
-        videos.append(torch.from_numpy(output.frames[0]))
+        video = output.frames[0]
+        if isinstance(video, list):  # pictures, of 8 bits
+            video = np.stack(video).astype(np.float32) / 255
+        videos.append(torch.from_numpy(video))
         return output
 
     with monkeypatch.context() as patch:
@@ -82,7 +86,7 @@ def test_it_is_what_the_saved_lora_gives(script, run, kind, model, start_images,
     ask = {"prompt": "a red square"} | ({"image": Image.open(start_images[0])} if kind == "i2v" else {})
     for video in (before[0], validated[0]):
         expected = pipe(**ask, **size, generator=torch.Generator().manual_seed(0), output_type="np").frames
-        torch.testing.assert_close(video, torch.from_numpy(expected[0]), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(video, torch.from_numpy(expected[0]), rtol=1e-3, atol=3e-3)
         pipe.load_lora_weights("output")
 
 

@@ -262,7 +262,7 @@ def find_warnings(
     dataset, views: list[View | str], captions: list[Caption], limit: int, fps: float
 ) -> list[Warnings]:
     """Of each clip, the gravest first."""
-    found, texts, same = [], dataset.instance_prompts, {}
+    found, texts, same = [], [record.caption for record in dataset.records], {}
     for index, view in enumerate(views):
         broken = [("broken", 0.0, f"cannot be decoded: {view}")] if isinstance(view, str) else []
         own = broken or frame_warnings(view, dataset.settings["video_reshape_mode"], fps)
