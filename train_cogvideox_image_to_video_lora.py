@@ -20,7 +20,7 @@ The objective, in seven lines (x0: latents of a clip, e: prompt embeddings, alph
     v       = transformer([x_t, image], e, t)                         velocity, in the compute dtype
     x0_pred = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v         scheduler.get_velocity
     loss    = mean((x0_pred - x0)^2 / (1 - alpha_bar_t))              in fp32; it equals plain MSE on the velocity
-    only the LoRA matrices beside to_q, to_k, to_v, to_out.0 learn; everything else is frozen
+    only the LoRA matrices learn (beside to_q, to_k, to_v and to_out.0, unless flags say otherwise); the rest is frozen
 
 Dimension key:  B batch · F pixel frames, 4k+1 · f latent frames = (F-1)/4+1 · C channels ·
 H, W pixels · h, w = H/8, W/8 · S text tokens · D text width
@@ -269,9 +269,9 @@ def get_args(argv: list[str] | None = None) -> Namespace:
     add_data_args(parser)
     add_validation_args(parser)
     add_training_args(parser)
-    # argparse sets no default where the namespace has a value: None tells that the flag was not given.
-    lora = {"rank": None, "lora_alpha": None, "lora_target_modules": None, "lora_blocks": None}
-    args, unknown = parser.parse_known_args(argv, Namespace(**lora))
+    # argparse sets no default where the namespace has a value already: here None tells that a flag was not given.
+    unset = {"rank": None, "lora_alpha": None, "lora_target_modules": None, "lora_blocks": None}
+    args, unknown = parser.parse_known_args(argv, Namespace(**unset))
     problems = []
     if unknown:
         flags = [f"--{name}" for name in vars(args)]
@@ -282,9 +282,12 @@ def get_args(argv: list[str] | None = None) -> Namespace:
         problems.append(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if args.pretrained_model_name_or_path is None:
         problems.append("--pretrained_model_name_or_path is missing")
-    lora["rank"] = parser.get_default("rank")
-    lora["lora_alpha"] = parser.get_default("lora_alpha")
-    lora["lora_target_modules"] = LORA_TARGETS
+    lora = {  # what the run will have
+        "rank": parser.get_default("rank"),
+        "lora_alpha": parser.get_default("lora_alpha"),
+        "lora_target_modules": LORA_TARGETS,
+        "lora_blocks": None,
+    }
     if args.init_lora:
         try:
             lora = dict(open_lora(args.init_lora)[1])
@@ -301,6 +304,8 @@ def get_args(argv: list[str] | None = None) -> Namespace:
             lora[name] = lora["rank"]
         elif given not in (None, value):
             problems.append(f"--{name} is {given}, but {value} in --init_lora {args.init_lora}")
+    if argv is None:
+        problems += missing_paths(args)
     if problems:
         parser.error(listing(problems))
     if argv is None and args.hub_token:
@@ -325,10 +330,9 @@ def check_args(args: Namespace) -> None:
     for flag, package in needed:
         if importlib.util.find_spec(package) is None:
             problems.append(f"{flag} needs {package}: pip install {package}")
+    problems += missing_paths(args)
     if args.dataset_name is None and args.instance_data_root is None:
         problems.append("no data: give --instance_data_root (a folder of clips and captions) or --dataset_name")
-    elif args.instance_data_root is not None and not Path(args.instance_data_root).is_dir():
-        problems.append(f"--instance_data_root: there is no folder {args.instance_data_root}")
     needs_recomputation = args.offload_base or args.offload_activations or args.checkpoint_policy != "full"
     if needs_recomputation and not args.gradient_checkpointing:
         problems.append("--checkpoint_policy, --offload_activations and --offload_base need --gradient_checkpointing")
@@ -343,6 +347,18 @@ def check_args(args: Namespace) -> None:
             problems.append(str(error))
     if problems:
         raise RunError(f"these flags cannot work:\n{listing(problems)}")
+
+
+def missing_paths(args: Namespace) -> list[str]:
+    """Return which folders of the command line do not exist. It is called before the libraries are imported, too."""
+    problems = []
+    model = str(args.pretrained_model_name_or_path)
+    is_path = model.startswith(("/", ".", "~")) or len(Path(model).parts) > 2
+    if is_path and not Path(model).is_dir():
+        problems.append(f"--pretrained_model_name_or_path {model}: there is no such folder")
+    if args.instance_data_root is not None and not Path(args.instance_data_root).is_dir():
+        problems.append(f"--instance_data_root: there is no folder {args.instance_data_root}")
+    return problems
 
 
 def validation_inputs(args: Namespace) -> list[dict]:  # I2V:
@@ -558,7 +574,7 @@ def listing(items: list[str], limit: int = 20) -> str:
 # answered at once.
 ARGS = get_args() if __name__ == "__main__" else None
 
-# bitsandbytes warns at import that a kernel for 4-bit models on CPUs is missing; 4-bit models are not used here.
+# bitsandbytes warns at import that a kernel for 4-bit models on CPUs is missing: here they need a GPU.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import av
@@ -692,10 +708,12 @@ def main(args: Namespace) -> None:
         if len(sampler) < args.gradient_accumulation_steps:
             asked = f"--gradient_accumulation_steps {args.gradient_accumulation_steps} asks for"
             logger.warning(f"An epoch has {len(sampler)} micro-batches, fewer than {asked}: a step has those alone.")
-        is_finished = earlier.get("state") == "finished" and in_first(Path(args.output_dir, LORA_FILE).is_file)
-        if is_finished and earlier["step"] >= saved.get("step", -1) >= max_train_steps:
+        checkpoint_step = saved.get("step", -1)
+        is_trained = checkpoint_step >= max_train_steps
+        is_published = earlier.get("state") == "finished" and earlier["step"] >= checkpoint_step
+        if is_trained and is_published and in_first(Path(args.output_dir, LORA_FILE).is_file):
             end["step"] = earlier["step"]
-            steps = f"{checkpoint} is of step {saved['step']}, and {max_train_steps} are asked for"
+            steps = f"{checkpoint} is of step {checkpoint_step}, and {max_train_steps} are asked for"
             logger.info(f"Nothing is left to train: {steps}. For more, raise --max_train_steps or --num_train_epochs.")
             return
         in_first(write_run_json, args, settings, max_train_steps)
@@ -741,6 +759,7 @@ def train(run: Run, loader: DataLoader, sampler: ShapeBatchSampler) -> None:
     """Run the training loop, from wherever the run is to its last step. Raises RunError."""
     args = run.args
     progress = progress_bar(total=run.max_train_steps, initial=run.step, desc="Training", unit="step")
+    num_batches = len(sampler)  # of a whole epoch
     losses = []  # of the micro-batches of this step
     started = time.perf_counter()
     run.transformer.train()
@@ -749,16 +768,17 @@ def train(run: Run, loader: DataLoader, sampler: ShapeBatchSampler) -> None:
         sampler.first_batch = run.batch
         begin_step(run)
         for batch in read_batches(run, loader):
-            left = len(sampler) - (run.batch - len(losses))  # micro-batches of this epoch, from this step on
+            step_start = run.batch - len(losses)  # the first micro-batch of this step
+            num_micro_batches = min(args.gradient_accumulation_steps, num_batches - step_start)
             try:
-                loss, grad_norm = train_step(run, batch, min(args.gradient_accumulation_steps, left))
+                loss, grad_norm = train_step(run, batch, num_micro_batches)
             except Exception:
                 save_after_error(run)
                 raise
             losses.append(loss)
             run.batch += 1
             if grad_norm is None:
-                # Nothing before this line waits for the GPU, so that work is queued for it without a gap.
+                # Nothing waits for the GPU before the step is complete, so that work is queued for it without a gap.
                 continue
 
             run.step += 1
@@ -791,8 +811,8 @@ def train(run: Run, loader: DataLoader, sampler: ShapeBatchSampler) -> None:
 
 def train_step(run: Run, batch: dict[str, Tensor], num_micro_batches: int) -> tuple[Tensor, Tensor | None]:
     """Train on one micro-batch. After `num_micro_batches` of them the LoRA changes: after
-    --gradient_accumulation_steps, or what is left of an epoch. Return the loss, and the norm of the gradients, which
-    is None before that."""
+    --gradient_accumulation_steps, or what is left of an epoch. Return the loss, and the norm of the gradients: None,
+    unless this micro-batch completes a step."""
     args = run.args
     accelerator = run.accelerator
     grad_norm = None
@@ -806,7 +826,7 @@ def train_step(run: Run, batch: dict[str, Tensor], num_micro_batches: int) -> tu
         if accelerator.sync_gradients:
             grad_norm = accelerator.clip_grad_norm_(run.transformer.parameters(), args.max_grad_norm)
     run.is_updating = True
-    # accelerate leaves both out where more micro-batches of the step follow.
+    # accelerate makes step() and zero_grad() do nothing before the last micro-batch of a step.
     run.optimizer.step()
     run.optimizer.zero_grad()
     run.is_updating = False
@@ -822,6 +842,7 @@ def finish_step(run: Run, losses: list[Tensor], grad_norm: Tensor, started: floa
     numbers = []
     for number in (sum(losses) / len(losses), grad_norm, run.stop.number):
         numbers.append(torch.as_tensor(number, dtype=torch.float32, device=losses[0].device))
+    # The mean of the signals' numbers says nothing but this: it is not zero where some process got a signal.
     loss, norm, signal_number = run.accelerator.reduce(torch.stack(numbers), reduction="mean").tolist()
     seconds = round(time.perf_counter() - started, 4)
     # An fp16 gradient may overflow: the gradient scaler then skips the step, and nothing is lost.
@@ -897,6 +918,7 @@ def diffusion_loss(
     velocity_pred = transformer(
         hidden_states=hidden_states, timestep=timesteps, return_dict=False, **conditions
     )[0].float()  # [B, f, C, h, w]
+    # Despite its name, it returns sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v: x0, where v is the velocity.
     x0_pred = noise_scheduler.get_velocity(velocity_pred, noisy_latents, timesteps)  # [B, f, C, h, w]
     alphas_cumprod = noise_scheduler.alphas_cumprod[timesteps].to(latents.dtype)  # [B]
     squared_error = (x0_pred - latents)[:, num_padding:].square().flatten(1).mean(dim=1)  # [B]
@@ -1006,9 +1028,6 @@ def read_config(args: Namespace, subfolder: str) -> tuple[dict, str | None]:
         raise RunError(f"{model} is a folder of the Hub's cache: give its snapshot, {' or '.join(snapshots)}")
     if folder.is_dir() and not (folder / subfolder).is_dir() and (folder.parent / "model_index.json").is_file():
         raise RunError(f"{model} is one part of a model: give {folder.parent}")
-    is_path = str(args.pretrained_model_name_or_path).startswith(("/", ".", "~")) or len(folder.parts) > 2
-    if is_path and not folder.is_dir():
-        raise RunError(f"{model}: there is no such folder")
     advice = ""
     if not folder.is_dir() and is_offline_mode():
         advice = "\n(HF_HUB_OFFLINE is set, so it must be in the Hub's cache)"
@@ -1554,7 +1573,8 @@ class HostBlocks:
 
     @contextlib.contextmanager
     def begun(self, block: torch.nn.Module, context) -> Iterator[None]:
-        """Begin a block before a context of its recomputation, which watches operations: copies are none of them."""
+        """Begin a block before a context of its recomputation. The context records operations, so the copies of the
+        weights must be outside it."""
         self.begin(block)
         with context:
             yield
@@ -1646,7 +1666,7 @@ class VideoRecord(NamedTuple):
         return self.path if self.read_bytes is None else io.BytesIO(self.read_bytes())
 
     def content_hash(self) -> str:
-        """Return what tells one clip from another, wherever it is."""
+        """Return what tells one clip from another, wherever it is: its size, beginning and end."""
         return content_hash(self.source())
 
 
@@ -2599,8 +2619,8 @@ def item_path(folder: Path, kind: str, **content) -> Path:
 
 
 def find_new(folder: Path, name: str, items: dict[object, tuple[Path, ...]]) -> list:
-    """Return the keys of `items` whose files are not all in `folder` and complete; of equal files the last key. Call
-    it in the first process, before any process writes."""
+    """Return the keys of `items` whose files are not all in `folder` and complete. Of several keys with the same files
+    only the last one is returned. Call it in the first process, before any process writes."""
     folder.mkdir(parents=True, exist_ok=True)
     for partial in folder.glob(".*.partial"):
         # So old a file is left of a process that was killed while it wrote.
@@ -2807,8 +2827,8 @@ def prepare(args: Namespace, accelerator: Accelerator, transformer: torch.nn.Mod
         learning_rate *= args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     group = {"params": list(lora_parameters(transformer).values()), "lr": learning_rate}
     if accelerator.device.type == "cuda" and not args.use_8bit_adam and args.optimizer != "prodigy":
-        # A fused optimizer itself skips the steps that overflow in fp16, and accelerate would not notice. Where only
-        # the group is fused, torch's gradient scaler skips them, and accelerate sees it.
+        # In the group, and not as an argument of the optimizer: then torch's gradient scaler decides which steps of
+        # fp16 are skipped, and accelerate sees it. An optimizer that is made fused skips them itself.
         group["fused"] = True
     optimizer = get_optimizer(args, [group], use_deepspeed="optimizer" in defined)
     make_schedule = functools.partial(
@@ -2838,8 +2858,8 @@ def prepare(args: Namespace, accelerator: Accelerator, transformer: torch.nn.Mod
 
 @dataclasses.dataclass
 class Run:
-    """Hold what checkpoints, validation and the loop share. Only the position in the data changes. Its creation is
-    collective."""
+    """Hold what checkpoints, validation and the loop share. Fields with a default change during the run. Its creation
+    is collective."""
 
     args: Namespace
     accelerator: Accelerator
@@ -3148,7 +3168,7 @@ def resume(run: Run, folder: Path) -> None:
 
 
 def begin_step(run: Run) -> None:
-    """Note where the data and the random generators are before a step. After an error, the run continues there."""
+    """Note where the data and the random generators are before a step: the checkpoint after an error is of there."""
     run.before_step = (run.batch, torch.get_rng_state(), torch.cuda.get_rng_state_all())
 
 
@@ -3259,6 +3279,7 @@ def log_validation(
         path.parent.mkdir(parents=True, exist_ok=True)
         video = pipe(**pipeline_args, generator=generator, output_type=OUTPUT_TYPE).frames[0]  # [>=F, H, W, C]
         # Of an even number of latent frames the VAE makes four frames of the first one too: the last F are the video.
+        # Without a number of frames, all are taken: -0 is 0.
         video = video[-pipeline_args.get("num_frames", 0) :]  # [F, H, W, C]
         export_to_video(list(video), str(path), fps=args.fps)
         videos.append(video)
@@ -3292,6 +3313,7 @@ def log_held_out_loss(run: Run) -> None:
     of memory) is logged, and training continues. Collective."""
     accelerator = run.accelerator
     losses = {}
+    # A flag of the image-to-video script, which has this function, too.
     args = Namespace(**vars(run.args) | {"noised_image_dropout": 0})
     timesteps = torch.linspace(0, run.noise_scheduler.config.num_train_timesteps - 1, 10).long().to(accelerator.device)
     with attempt("The loss of the held-out clips"):

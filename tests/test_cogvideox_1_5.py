@@ -44,7 +44,7 @@ def test_train_resume_and_sample(script, run, model, kind, start_images, monkeyp
             pipe.load_lora_weights(weights)
         videos.append(pipe(**ask, generator=torch.Generator().manual_seed(0), output_type="np").frames[0])
     without, expected = videos
-    torch.testing.assert_close(validated[0], torch.from_numpy(expected), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(validated[0], torch.from_numpy(expected), rtol=1e-3, atol=3e-3)  # pictures have 8 bits
     assert np.abs(without - expected).max() > 1e-2
 
 

@@ -101,6 +101,21 @@ except SystemExit:
     assert done.stdout.endswith("[]\n"), done.stderr[-2000:]
 
 
+def test_paths_are_checked_before_the_libraries_load(script, tmp_path):
+    code = f"""
+import runpy, sys
+sys.argv = ["x", "--pretrained_model_name_or_path", "./nowhere", "--instance_data_root", "{tmp_path}/nowhere"]
+try:
+    runpy.run_path({str(ROOT / f"{script.__name__}.py")!r}, run_name="__main__")
+except SystemExit as end:
+    print(end.code, sorted({{"torch", "diffusers", "transformers"}} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.endswith("2 []\n"), done.stderr[-2000:]
+    assert "  - --pretrained_model_name_or_path ./nowhere: there is no such folder\n" in done.stderr
+    assert f"  - --instance_data_root: there is no folder {tmp_path}/nowhere\n" in done.stderr
+
+
 @BOTH
 def test_new_flags_are_those_agreed_on(script):
     new = {"--precompute_dir", "--skip_bad_videos", "--frame_sampling", "--validation_steps", "--num_inference_steps"}

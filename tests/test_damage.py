@@ -4,6 +4,7 @@ import faulthandler
 import os
 import random
 import re
+import signal
 import struct
 import time
 
@@ -263,3 +264,16 @@ def test_any_bytes_are_lines_or_an_error(script, tmp_path, data):
         assert str(tmp_path / "p") in str(error)
     else:
         assert all(line == line.strip() and line and "\n" not in line for line in lines)
+
+
+def test_a_decoder_that_is_killed_while_it_sends(script, monkeypatch):
+    """Half a message has come: reading on is an OSError, not an end of file."""
+
+    def send_half(connection, _dataset, _dtype) -> None:
+        connection.recv()
+        os.write(connection.fileno(), struct.pack("!i", 1000) + b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(script, "decode_clips", send_half)
+    answers = list(script.decode_videos(None, [0, 1], torch.float32, 1))
+    assert answers == [(0, "the decoder crashed on it"), (1, "the decoder crashed on it")]

@@ -122,7 +122,7 @@ def test_files_differ_in_fewer_than_200_lines():
 DRIFTS = {
     "a shared function": ("    run.optimizer.zero_grad()\n", "    run.optimizer.zero_grad(False)\n"),
     "a shared constant": ('"to_out.0"]', '"to_out.0", "proj"]'),
-    "a comment in a shared function": ("# Nothing before this line waits for the GPU", "# Nothing waits"),
+    "a comment in a shared function": ("# Nothing waits for the GPU before the step is complete", "# Nothing waits"),
     "a decorator": ("@functools.cache\ndef waiting_group", "def waiting_group"),
     "an exception, beside its tagged lines": ("noise = torch.randn_like(latents)", "noise = torch.rand_like(latents)"),
     "a statement of an exception": ("    x0_pred = noise_scheduler", "    noise_scheduler"),

@@ -163,7 +163,7 @@ def test_text_encoder_runs_once_a_prompt_and_rotary_once_a_shape(script, run, cl
 
     monkeypatch.setattr(T5EncoderModel, "forward", spy_forward)
     monkeypatch.setattr(script, "get_3d_rotary_pos_embed", spy_rotary)
-    script.prepare_rotary_positional_embeddings.cache_clear()
+    script.cached_rotary_positions.cache_clear()
     run(
         instance_data_root=clips, precompute_dir=tmp_path / "pre", max_train_steps=None, num_train_epochs=4,
         validation_prompt="a red square moves right:::a red square moves right", validation_epochs=2,
