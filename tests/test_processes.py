@@ -347,7 +347,7 @@ def test_what_ends_all_processes_is_said_once(launch, tmp_path):
     assert not list((tmp_path / "output").glob("train.rank*.log"))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_launcher_restarts_after_a_lost_process(script, flags, launch, tmp_path):
     """The run ends with the weights of a run without a loss."""
     settings = TWO | {"max_train_steps": 60, "checkpointing_steps": 10}

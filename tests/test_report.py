@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import report
 import tiny
-from conftest import BOTH, ONLY_I2V
+from conftest import ONLY_I2V
 
 WHEN = "2026-11-27 11:06:4"
 EVIL = '</script></pre><img src="http://127.0.0.1:9/x.png" onerror="window.hacked=1"><b>&amp;'
@@ -80,8 +80,8 @@ IS_DRAWN = "() => [...document.querySelectorAll('.plot')].every((plot) => plot.q
 OVERFLOW = "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
 
-@BOTH
-def test_a_browser_shows_a_finished_run(finished, kind, open_page, tmp_path, capsys):
+@ONLY_I2V
+def test_a_browser_shows_a_finished_run(finished, open_page, tmp_path, capsys):
     page_file = tmp_path / "page.html"
     report.main([str(finished / "output"), "--page", str(page_file)])
     said = capsys.readouterr().out
@@ -92,7 +92,7 @@ def test_a_browser_shows_a_finished_run(finished, kind, open_page, tmp_path, cap
 
     tab = open_page(page_file)
     assert "finished after 4 steps" in tab.inner_text("header") and "trigger word TOK" in tab.inner_text("header")
-    assert tab.locator(".start img").count() == (4 if kind == "i2v" else 0)
+    assert tab.locator(".start img").count() == 4
     assert tab.locator("video").count() == 8  # two prompts, two videos, before training and now
     for _ in range(2):
         tab.wait_for_function(TOGETHER)
@@ -190,7 +190,7 @@ def test_videos_of_other_prompts_before_a_resume_stand_under_their_own(tmp_path)
     assert "“old”" in page and "“new”" in page and "“prompt 2”" not in page
 
 
-@BOTH
+@ONLY_I2V
 def test_a_run_says_which_prompt_each_video_shows(finished):
     rows = report.read_rows(finished / "output" / "samples.jsonl")
     shown = {name: row["prompt"] for row in rows for name in row["files"]}
