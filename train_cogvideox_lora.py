@@ -617,7 +617,6 @@ def main(args: Namespace) -> None:
         transformer_config, _ = read_config(args, "transformer")
         vae_config, _ = read_config(args, "vae")
         check_model(args, transformer_config, vae_config)
-        check_model_files(args)
         names = inspect.signature(VideoDataset).parameters  # each is the name of a flag
         videos = VideoDataset(**{name: getattr(args, name) for name in names})
         if args.eval_split >= len(videos):
@@ -631,6 +630,9 @@ def main(args: Namespace) -> None:
     # As a checkpoint has them, so that the two can be compared: a tuple is a list there.
     settings = json.loads(json.dumps(settings))
     checkpoint = in_first(find_checkpoint, args, settings)
+    # A model on the Hub is downloaded here, after all that can be wrong without it, and before anything is encoded.
+    with shared_work():
+        check_model_files(args)
     content = gather(read_training_state(checkpoint) if checkpoint else {})[0]
     saved = content.get("state", {})
     if content:
