@@ -922,6 +922,7 @@ def diffusion_loss(
     )[0].float()  # [B, f, C, h, w]
     # Despite its name, it returns sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v: x0, where v is the velocity.
     x0_pred = noise_scheduler.get_velocity(velocity_pred, noisy_latents, timesteps)  # [B, f, C, h, w]
+    # add_noise has moved this table to the device of the latents.
     alphas_cumprod = noise_scheduler.alphas_cumprod[timesteps].to(latents.dtype)  # [B]
     squared_error = (x0_pred - latents)[:, num_padding:].square().flatten(1).mean(dim=1)  # [B]
     return (squared_error / (1 - alphas_cumprod)).mean()
