@@ -712,7 +712,7 @@ def main(args: Namespace) -> None:
         # From here on each process draws its own noise.
         set_seed(seed % SEED_LIMIT, device_specific=True)
         if checkpoint is not None:
-            resume(run, checkpoint)
+            resume(run, checkpoint, content)
         logger.info(f"Steps: {max_train_steps}, {steps_per_epoch} an epoch")
         num_trainable = sum(parameter.numel() for parameter in lora)
         strength = f"{args.lora_alpha / args.rank:g}"
@@ -3020,21 +3020,21 @@ def make_output_folders(args: Namespace, last_step: int) -> int:
         flush(partial_name(probe))
         os.replace(partial_name(probe), probe)
         probe.rmdir()
-        kept = ""
-        num_removed = 0
-        for line in metrics.read_text(errors="replace").splitlines() if metrics.exists() else []:
-            # A kill, or a full disk, may have cut a line short.
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                if json.loads(line)["step"] <= last_step:
-                    kept += f"{line}\n"
-                    continue
-            num_removed += 1
-        if num_removed:
-            lines = f"those after step {last_step}, which are trained again, and what is cut short"
-            logger.info(f"{num_removed} lines of {metrics} are removed: {lines}")
-        partial_name(metrics).write_text(kept)
-        put_in_place(partial_name(metrics), metrics)
+        lines = metrics.read_text(errors="replace").splitlines() if metrics.exists() else []
+        kept = [line for line in lines if step_of(line) <= last_step]
+        if len(kept) < len(lines):
+            removed = f"those after step {last_step}, which are trained again, and what is cut short"
+            logger.info(f"{len(lines) - len(kept)} lines of {metrics} are removed: {removed}")
+        write_whole(metrics, "".join(f"{line}\n" for line in kept))
     return lock
+
+
+def step_of(line: str) -> float:
+    """Return the step of a line of metrics.jsonl; infinity for one that a kill or a full disk has cut short."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def write_run_json(args: Namespace, settings: dict, max_train_steps: int) -> None:
@@ -3047,12 +3047,12 @@ def write_run_json(args: Namespace, settings: dict, max_train_steps: int) -> Non
         "max_train_steps": max_train_steps,
     }
     with explain("--output_dir cannot be written", OSError):
-        write_json(Path(args.output_dir, "run.json"), started_with)
+        write_whole(Path(args.output_dir, "run.json"), json.dumps(started_with, indent=1))
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Write a file of JSON, complete or not at all."""
-    partial_name(path).write_text(json.dumps(content, indent=1))
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, complete or not at all."""
+    partial_name(path).write_text(text)
     put_in_place(partial_name(path), path)
 
 
@@ -3071,11 +3071,10 @@ def lock_folder(output_dir: Path) -> int:
     return descriptor
 
 
-def resume(run: Run, folder: Path) -> None:
+def resume(run: Run, folder: Path, content: dict) -> None:
     """Load what `save_checkpoint` wrote, with the random generators of each process, and continue at that place in the
-    data. Collective."""
+    data. `content` is that of its STATE_FILE. Collective."""
     accelerator = run.accelerator
-    content = read_training_state(folder)
     saved = content["settings"]
     schedule = run.lr_scheduler.scheduler
     rates = getattr(schedule, "base_lrs", [])  # of the flags; `load_state` brings those of the checkpoint
@@ -3206,11 +3205,11 @@ def log_validation(
     pipe.scheduler = CogVideoXDPMScheduler.from_config(pipe.scheduler.config)
     # Its own generator: sampling must neither depend on the training's random numbers nor advance them.
     generator = torch.Generator(accelerator.device).manual_seed(0 if args.seed is None else args.seed)
-    paths = files
     number = 0  # of the prompt
-    while paths is None or (files is None and any(path.exists() for path in paths)):
-        paths = validation_files(args, epoch, is_final_validation, number)
+    paths = files or validation_files(args, epoch, is_final_validation, number)
+    while files is None and any(path.exists() for path in paths):
         number += 1
+        paths = validation_files(args, epoch, is_final_validation, number)
     videos = []
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -3715,7 +3714,7 @@ def recorded(args: Namespace, lock: int) -> Iterator[dict]:
 def write_state(args: Namespace, content: dict) -> None:
     """Write state.json."""
     with attempt("Writing state.json"):
-        write_json(Path(args.output_dir, "state.json"), content)
+        write_whole(Path(args.output_dir, "state.json"), json.dumps(content, indent=1))
 
 
 @contextlib.contextmanager
