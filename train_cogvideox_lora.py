@@ -818,6 +818,7 @@ def finish_step(run: Run, losses: list[Tensor], grad_norm: Tensor, started: floa
     # The mean of the signals' numbers says nothing but this: it is not zero where some process got a signal.
     loss, norm, signal_number = run.accelerator.reduce(torch.stack(numbers), reduction="mean").tolist()
     seconds = round(time.perf_counter() - started, 4)
+    run.step_seconds = seconds
     # An fp16 gradient may overflow: the gradient scaler then skips the step, and nothing is lost.
     if not math.isfinite(loss) or not (math.isfinite(norm) or run.accelerator.optimizer_step_was_skipped):
         raise not_finite(run, f"the loss is {loss}, the gradient norm {norm}")
@@ -2815,11 +2816,12 @@ class Run:
     batch: int = 0  # micro-batches of this epoch that each process has taken
     is_encoded_in_tiles: bool = False
     is_decoded_in_tiles: bool = False
+    step_seconds: float = 0.0  # duration of the last step
     is_updating: bool = False  # the optimizer is changing the LoRA
     before_step: tuple = ()  # batch and random states before the step that is being taken
 
     def __post_init__(self):
-        self.stop = StopSignal()
+        self.stop = StopSignal(self)
         self.base = self.accelerator.unwrap_model(self.transformer)  # the transformer without the engine's wrapper
         args = self.args
         num_bytes = sum(parameter.nbytes for parameter in self.base.parameters())
@@ -3503,7 +3505,8 @@ def end_with(problem: RunError) -> None:
     is_own = dist.is_initialized() and not problem.is_shared
     if is_first_process() or is_own:
         logger.propagate = False  # into the log file alone
-        logger.error(problem)
+        # A signal to stop is no error.
+        logger.log(logging.INFO if problem.exit_code > 128 else logging.ERROR, problem)
     if is_own or os.environ.get("LOCAL_RANK", "0") == "0":
         rank = f"rank {dist.get_rank()}: " if is_own else ""
         kind = "" if problem.exit_code > 128 else "error: "
@@ -3645,7 +3648,8 @@ class StopSignal:
     """Note STOP_SIGNALS while it is installed: the loop finishes its step and writes a checkpoint. A second
     signal ends the process. Within a second it counts as the first one, which launchers pass on."""
 
-    def __init__(self):
+    def __init__(self, run: Run):
+        self.run = run
         self.number = 0  # of the first signal
         self.noted_at = 0.0
 
@@ -3665,8 +3669,24 @@ class StopSignal:
         if not self.number:
             self.number = number
             self.noted_at = time.monotonic()
+            # In a thread of its own: the signal may have interrupted a line of the log that is being written.
+            threading.Thread(target=self.announce).start()
         elif time.monotonic() - self.noted_at > 1:
             os._exit(128 + number)
+
+    def announce(self) -> None:
+        """Log what happens after the first signal, and what a second one does."""
+        name = signal.Signals(self.number).name
+        again = "a second one ends the run at once"
+        if self.number == signal.SIGINT:
+            name = "Ctrl-C"
+            again = "press again to stop now"
+        run = self.run
+        if run.step < run.max_train_steps:
+            duration = f" (a step takes {run.step_seconds:.0f} s)" if run.step_seconds >= 1 else ""
+            logger.info(f"{name}: finishing step {run.step + 1}, then saving{duration}; {again}")
+        else:
+            logger.info(f"{name}: the training is complete; the last samples are left out; {again}")
 
     def end_sampling(self, _pipe: PIPELINE, _step: int, _timestep, tensors: dict) -> dict:
         """End a sample after a signal: the pipeline calls this after each denoising step. Raises InterruptedError."""

@@ -3,7 +3,7 @@
 #   bash scripts/launch.sh --config_file accelerate_configs/single_gpu.yaml train_cogvideox_lora.py ...
 # Without it, SIGTERM to `accelerate launch` ends the launcher only: the trainer goes on and keeps the GPU. Here the
 # launcher and the trainer are one process group, and a signal to this script is sent to every process of that group.
-# The exit code is the launcher's: on one GPU 143 after SIGTERM and 130 after Ctrl-C; 1 for every other failure.
+# The exit code is 143 after SIGTERM, 130 after Ctrl-C, and that of the launcher else: 1 for every other failure.
 set -euo pipefail
 
 running() {  # A process that has ended, but that its parent did not collect (state Z), does not count.

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -61,6 +62,11 @@ def test_signal_finishes_the_step_and_writes_a_checkpoint(script, launch, run, t
     hint = "To continue, give the same command with --resume_from_checkpoint latest."
     assert f"{script.__name__}.py: stopped by {number.name} after step 3. {hint}" in child.said()
     assert "Traceback" not in child.said() and "error:" not in child.said()
+    name, again = ("Ctrl-C", "press again") if number == signal.SIGINT else ("SIGTERM", "a second one")
+    log = (output / "train.log").read_text()
+    for said in (child.said(), log):
+        assert re.search(f"INFO {name}: finishing step 3, then saving; {again}", said), said
+    assert f"INFO stopped by {number.name}" in log and "ERROR" not in log  # what the user asked for is no error
     assert [row["step"] for row in read_metrics(output)] == [1, 2, 3] and checkpoints(output) == ["checkpoint-3"]
     assert not (output / script.LORA_FILE).exists() and not list(output.glob(".*.partial"))
     events = EventAccumulator(str(output / "logs" / "t")).Reload()

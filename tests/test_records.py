@@ -376,7 +376,7 @@ def test_two_runs_do_not_write_to_one_folder(script, launch, run, tmp_path):
 
 def test_signals_and_stages_are_undone_after_an_error(script, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(ValueError), script.StopSignal().installed():
+    with pytest.raises(ValueError), script.StopSignal(None).installed():
         assert signal.getsignal(signal.SIGTERM) != before
         raise ValueError
     assert signal.getsignal(signal.SIGTERM) == before
