@@ -3043,13 +3043,27 @@ def write_run_json(args: Namespace, settings: dict, max_train_steps: int) -> Non
     """Write run.json: what the run was started with. Raises RunError."""
     started_with = {
         "kind": KIND,
-        "command": shlex.join(sys.argv),
+        "command": whole_command(),
         "args": vars(args) | {"hub_token": None},
         "settings": settings,
         "max_train_steps": max_train_steps,
     }
     with explain("--output_dir cannot be written", OSError):
         write_whole(Path(args.output_dir, "run.json"), json.dumps(started_with, indent=1))
+
+
+def whole_command() -> str:
+    """Return the command that started this process: with the launcher and its flags, if there is one."""
+    command = shlex.join(["python", *sys.argv])
+    with contextlib.suppress(OSError, ValueError):  # Linux alone has this file
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
+        for start, word in enumerate(words):
+            launcher = Path(word).name
+            if launcher in ("accelerate", "torchrun"):
+                # What follows the script is taken from sys.argv, where the token is blanked.
+                end = words.index(sys.argv[0], start)
+                command = shlex.join([launcher, *words[start + 1 : end], *sys.argv])
+    return command
 
 
 def write_whole(path: Path, text: str) -> None:
