@@ -3074,7 +3074,10 @@ def make_output_folders(args: Namespace, last_step: int) -> int:
     metrics = output_dir / "metrics.jsonl"
     probe = output_dir / ".probe"
     with explain("--output_dir or --precompute_dir cannot be written", OSError):
-        for folder in (output_dir / args.logging_dir, precompute_folder(args)):
+        folders = [output_dir, precompute_folder(args)]
+        if args.report_to:
+            folders.append(output_dir / args.logging_dir)
+        for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(output_dir)
         for partial in output_dir.glob(".*.partial"):
