@@ -3250,8 +3250,12 @@ def run_validation(run: Run, is_final: bool = False) -> list[tuple[str, Path]]:
             if run.is_decoded_in_tiles:
                 vae.enable_tiling(*SMALL_TILES)
             pipe = PIPELINE(None, None, vae, run.base, run.noise_scheduler)
-            pipe.set_progress_bar_config(disable=not (is_first_process() and sys.stderr.isatty()), leave=False)
             for index in own:
+                label = f"Sampling prompt {index + 1} of {len(inputs)}"
+                is_hidden = not (is_first_process() and sys.stderr.isatty())
+                pipe.set_progress_bar_config(desc=label, disable=is_hidden, leave=False)
+                if is_hidden:
+                    logger.info(f"{label} at step {run.step}")
                 pipeline_args = {**sampling_settings(args), **inputs[index], "prompt": None}
                 for name, prompt in (("prompt_embeds", inputs[index]["prompt"]), ("negative_prompt_embeds", "")):
                     embeds = load_file(run.prompt_files[prompt])["prompt_embeds"]  # [S, D]
@@ -3850,25 +3854,36 @@ def write_row(path: Path, row: dict) -> None:
 
 
 def progress_bar(**keywords) -> tqdm:
-    """Return the progress of the first process: a bar on a terminal, else lines of the log."""
-    if not is_first_process() or sys.stderr.isatty():
-        return tqdm(disable=not is_first_process(), **keywords)
-    line = "{desc}: {n_fmt} of {total_fmt}, {elapsed} elapsed, {remaining} remaining, {rate_fmt}{postfix}"
-    return ProgressLog(file=io.StringIO(), bar_format=line, mininterval=0, miniters=1, smoothing=0, **keywords)
+    """Return the progress of the first process: a bar on a terminal, and lines of the log."""
+    if not is_first_process():
+        return tqdm(disable=True, **keywords)
+    if sys.stderr.isatty():
+        return ProgressLog(**keywords)
+    return ProgressLog(file=io.StringIO(), mininterval=0, miniters=1, smoothing=0, **keywords)
 
 
 class ProgressLog(tqdm):
-    """A progress bar for log files: a line at the first and the last item, and every 10 seconds between."""
+    """A progress bar that logs a line at the first and the last item, and every 10 seconds between. On a terminal the
+    bar is shown, and the lines are in the log file alone."""
 
+    line = "{desc}: {n_fmt} of {total_fmt}, {elapsed} elapsed, {remaining} remaining, {rate_fmt}{postfix}"
     logged = 0  # items at the last line
     logged_at = -math.inf
 
-    def display(self, *_arguments, **_keywords) -> None:
+    def display(self, *arguments, **keywords) -> None:
+        is_on_terminal = sys.stderr.isatty()
+        if is_on_terminal:
+            super().display(*arguments, **keywords)
         is_due = self.n == self.total or time.monotonic() >= self.logged_at + 10
         if self.n > max(self.initial, self.logged) and is_due:
             self.logged = self.n
             self.logged_at = time.monotonic()
-            logger.info(str(self))
+            whole_line = {"bar_format": self.line, "ncols": None}  # also where the terminal is narrower
+            text = self.format_meter(**{**self.format_dict, **whole_line})
+            record = logger.makeRecord(logger.name, logging.INFO, __file__, 0, text, None, None)
+            # The log file is a handler of this logger, the terminal one of the logger above it.
+            for handler in logger.handlers if is_on_terminal else [logger]:
+                handler.handle(record)
 
 
 def set_up_logging() -> None:
