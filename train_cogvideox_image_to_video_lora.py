@@ -390,6 +390,23 @@ def open_image(path: str) -> Image.Image:  # I2V:
     return load_image(path, convert_method=upright_rgb)
 
 
+def warn_of_settings(args: Namespace, max_train_steps: int) -> None:
+    """Warn of flags that can be trained with, but hardly give a LoRA that one wants."""
+    strength = args.lora_alpha / args.rank
+    if not 1 / 8 <= strength <= 2:
+        flags = f"--rank {args.rank} with --lora_alpha {args.lora_alpha:g}"
+        advice = f"published settings have --lora_alpha {args.rank}, or half of it"
+        logger.warning(f"{flags}: the LoRA is applied at {strength:g}, which is alpha / rank; {advice}.")
+    for sampled_from in validation_inputs(args):
+        prompt = sampled_from["prompt"]
+        if args.id_token and args.id_token.lower() not in prompt.lower():
+            advice = "write it into --validation_prompt, or the samples do not show what is learned"
+            logger.warning(f"--id_token {args.id_token} is not in the validation prompt {prompt!r}: {advice}.")
+    if max_train_steps < 100:
+        advice = "published settings have 2000 for 25 clips: give --max_train_steps or --num_train_epochs"
+        logger.warning(f"The number of steps, {max_train_steps}, is too low to learn from; {advice}.")
+
+
 def memory_flags(args: Namespace) -> list[tuple[str, object]]:
     """Return the flags that save device memory in training and are not in `args`, with values; the cheapest first."""
     flags = [
@@ -718,6 +735,7 @@ def main(args: Namespace) -> None:
             steps = f"{checkpoint} is of step {checkpoint_step}, and {max_train_steps} are asked for"
             logger.info(f"Nothing is left to train: {steps}. For more, raise --max_train_steps or --num_train_epochs.")
             return
+        warn_of_settings(args, max_train_steps)
         in_first(write_run_json, args, settings, max_train_steps)
 
         # The LoRA starts the same in all processes.

@@ -117,7 +117,7 @@ def test_log_begins_with_the_device(launch, tmp_path):
 def test_training_on_a_cpu_that_nobody_asked_for_is_warned_of(launch):
     child = launch(prepare=lambda _: os.environ.pop("ACCELERATE_USE_CPU"))
     assert child.wait() == 0
-    (warning,) = [line for line in child.said().splitlines() if " WARNING " in line]
+    warning, _ = [line for line in child.said().splitlines() if " WARNING " in line]  # the other is of so few steps
     for words in ("torch sees no GPU", "on the CPU", "nvidia-smi", "CUDA_VISIBLE_DEVICES", "is built for"):
         assert words in warning
 
