@@ -3373,6 +3373,7 @@ from diffusers.utils import {helpers}
 device = "cuda" if torch.cuda.is_available() else "cpu"
 pipe = {pipeline}.from_pretrained({base_model!r}, dtype=torch.{dtype}).to(device)
 pipe.load_lora_weights({repo_id!r})  # alpha / rank is in its matrices: no further scale is needed
+pipe.enable_model_cpu_offload()  # one part of the model at a time is on the GPU; pipe.to("cuda") is faster
 pipe.vae.enable_tiling()
 
 video = pipe(
@@ -3453,7 +3454,7 @@ def pipeline_keywords(sampling: dict, seed: int | None, has_image: bool) -> str:
     for name, value in sampling.items():
         lines += f"    {name}={value!r},\n"
     if seed is not None:
-        lines += f"    generator=torch.Generator(device).manual_seed({seed}),\n"
+        lines += f'    generator=torch.Generator("cuda").manual_seed({seed}),\n'
     if KIND == "image-to-video":
         name = "first_frame.png" if has_image else "your_image.png"
         lines += f'    image=load_image("{name}"),  # as wide and high as the video, or it is squeezed\n'
