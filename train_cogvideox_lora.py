@@ -220,6 +220,10 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     add("--gradient_accumulation_steps", type=whole_from_1, default=1, help="micro-batches an optimizer step")
     add("--checkpointing_steps", type=whole_from_1, default=500, help="optimizer steps between checkpoints")
     add("--checkpoints_total_limit", type=whole_from_0, help="checkpoints to keep, the newest at least; default: all")
+    loras = "LoRAs of validations to keep in loras/: the newest, and beside them the one with the lowest held-out loss"
+    add("--loras_total_limit", type=whole_from_1, help=f"{loras}; default: all")
+    final = "the LoRA that the run ends with: of the last step, or of the lowest held-out loss (--eval_split)"
+    add("--final_lora", choices=["last", "best"], default="last", help=final)
     add("--resume_from_checkpoint", help='"latest", or a checkpoint')
     add("--nccl_timeout", type=whole_from_1, default=600, help="seconds that a collective of a training step may take")
 
@@ -332,6 +336,8 @@ def check_args(args: Namespace) -> None:
         problems.append("--checkpoint_policy, --offload_activations and --offload_base need --gradient_checkpointing")
     if args.offload_base and (args.quantize_base or args.compile):
         problems.append("--offload_base does not work with --quantize_base or --compile")
+    if args.final_lora == "best" and not args.eval_split:
+        problems.append("--final_lora best needs --eval_split: the best one has the lowest loss of held-out clips")
     if args.validation_prompt and not args.validation_prompt_separator:
         problems.append("--validation_prompt_separator must not be empty")
     else:
@@ -740,9 +746,11 @@ def main(args: Namespace) -> None:
                 # The base model's own videos, to compare with.
                 run_validation(run)
             train(run, loader, sampler)
-        in_first(save_lora, run.base, Path(args.output_dir), lora_weights(run.base), True)
-        logger.info(f"LoRA: {args.output_dir}/{LORA_FILE}. To use it: pipe.load_lora_weights({args.output_dir!r})")
-        in_first(publish, run, run_validation(run, is_final=True), repo_id)
+        in_first(save_lora, run.base, Path(args.output_dir, LORA_FILE), lora_weights(run.base), True)
+        logger.info(f"LoRA: {args.output_dir}/{LORA_FILE}")
+        videos = run_validation(run, is_final=True)
+        step, videos = in_first(choose_final_lora, run, videos)
+        in_first(publish, run, step, videos, repo_id)
         end["step"] = run.step
 
 
@@ -850,8 +858,28 @@ def finish_step(run: Run, losses: list[Tensor], grad_norm: Tensor, started: floa
     return metrics, signal_number != 0
 
 
-def publish(run: Run, videos: list[tuple[str, Path]], repo_id: str | None) -> None:
-    """Write the model card, and upload. Raises RunError, code 4."""
+def choose_final_lora(run: Run, videos: list[tuple[str, Path]]) -> tuple[int, list[tuple[str, Path]]]:
+    """With --final_lora best, put the LoRA with the lowest held-out loss in the place of the last one. Return the step
+    of the LoRA that is there now, and its videos with their prompts: `videos` are those of the last step."""
+    args = run.args
+    output_dir = Path(args.output_dir)
+    best = best_step(output_dir)
+    if args.final_lora == "best" and best not in (None, run.step):
+        with attempt("--final_lora best"):
+            shutil.copyfile(lora_path(output_dir, best), partial_name(output_dir / LORA_FILE))
+            put_in_place(partial_name(output_dir / LORA_FILE), output_dir / LORA_FILE)
+            logger.info(f"{output_dir / LORA_FILE} is the LoRA of step {best} now, which has the lowest held-out loss")
+            videos = []
+            for index, sampled_from in enumerate(validation_inputs(args)):
+                for file in validation_files(args, best, False, index):
+                    if file.is_file():
+                        videos.append((sampled_from["prompt"], file))
+            return best, videos
+    return run.step, videos
+
+
+def publish(run: Run, step: int, videos: list[tuple[str, Path]], repo_id: str | None) -> None:
+    """Write the model card of the LoRA of `step`, upload, and say how to go on. Raises RunError, code 4."""
     args = run.args
     output_dir = Path(args.output_dir)
     sampling = sampling_settings(args) | {"max_sequence_length": run.base.config.max_text_seq_length}
@@ -865,7 +893,7 @@ def publish(run: Run, videos: list[tuple[str, Path]], repo_id: str | None) -> No
     with attempt("Writing the model card"):
         save_model_card(
             repo_id or output_dir.resolve().name, files, args.pretrained_model_name_or_path, prompts,
-            args.output_dir, args.fps, args.id_token, run.settings | {"steps": run.step}, sampling, image,
+            args.output_dir, args.fps, args.id_token, run.settings | {"steps": step}, sampling, image,
         )
     if repo_id is not None:
         shown = [f"final_video_{number}.mp4" for number in range(len(videos))]
@@ -884,6 +912,12 @@ def publish(run: Run, videos: list[tuple[str, Path]], repo_id: str | None) -> No
         logger.info(f"Uploaded {', '.join(names)} to {repo_id}")
     logger.info(f"Done. {output_dir} has the LoRA, its card (README.md) and each step's loss (metrics.jsonl).")
     logger.info("For more steps or epochs: the same command with these and --resume_from_checkpoint latest.")
+    logger.info(f"To look at the run: python tools/report.py {shlex.quote(args.output_dir)}")
+    logger.info(f"To use the LoRA of step {step}: pipe.load_lora_weights({args.output_dir!r})")
+    best = best_step(output_dir)
+    if best not in (None, step):
+        path = str(lora_path(output_dir, best))
+        logger.info(f"To use the one with the lowest held-out loss, of step {best}: pipe.load_lora_weights({path!r})")
 
 
 # ---- Objective ------------------------------------------------------------------------------------------------------
@@ -1276,12 +1310,11 @@ def lora_weights(transformer: CogVideoXTransformer3DModel) -> dict[str, Tensor]:
 
 
 def save_lora(
-    transformer: CogVideoXTransformer3DModel, folder: Path, weights: dict[str, Tensor], is_for_use: bool = False
+    transformer: CogVideoXTransformer3DModel, path: Path, weights: dict[str, Tensor], is_for_use: bool = False
 ) -> None:
-    """Write `weights`, of `lora_weights`, as LORA_FILE into `folder`, complete or not at all. Its metadata makes
-    `pipe.load_lora_weights(folder)` apply alpha / rank, once. `is_for_use`: alpha / rank is multiplied into B, and
+    """Write `weights`, of `lora_weights`, as the file `path`, complete or not at all. Its metadata makes
+    `pipe.load_lora_weights(path)` apply alpha / rank, once. `is_for_use`: alpha / rank is multiplied into B, and
     alpha becomes the rank, since some programs take the matrices alone. Raises RunError, code 1."""
-    path = folder / LORA_FILE
     metadata = dict(transformer.lora_metadata)
     if sorted(weights) != transformer.lora_names:
         raise RunError(f"{path} cannot be written: its layers would have other names than the model's", exit_code=1)
@@ -1291,7 +1324,7 @@ def save_lora(
         weights = {name: weight * strength if ".lora_B." in name else weight for name, weight in weights.items()}
     with explain(f"{path} cannot be written", (OSError, SafetensorError), exit_code=1):
         PIPELINE.save_lora_weights(
-            folder, transformer_lora_layers=weights, weight_name=partial_name(path).name,
+            path.parent, transformer_lora_layers=weights, weight_name=partial_name(path).name,
             transformer_lora_adapter_metadata=metadata,
         )
         put_in_place(partial_name(path), path)
@@ -2870,7 +2903,7 @@ def save_checkpoint(run: Run) -> None:
         # DeepSpeed takes this keyword, and would otherwise save the whole base each time.
         accelerator.save_state(str(partial), exclude_frozen_parameters=True)
         if accelerator.is_main_process:
-            save_lora(run.base, partial, weights)
+            save_lora(run.base, partial / LORA_FILE, weights)
         is_written = True
     if all(gather(is_written)) and accelerator.is_main_process:
         with attempt(f"Writing {folder}"):
@@ -2896,6 +2929,44 @@ def save_checkpoint(run: Run) -> None:
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     gather()
+
+
+def lora_path(output_dir: Path, step: int) -> Path:
+    """Return the file in which the LoRA of a validation is kept."""
+    return output_dir / "loras" / f"step-{step:06d}.safetensors"
+
+
+def keep_lora(run: Run) -> None:
+    """Write the LoRA as it is, ready for use, beside the samples of this step. --loras_total_limit limits those that
+    are kept. A failure is logged, and training continues. Collective."""
+    weights = lora_weights(run.base)
+    if not run.accelerator.is_main_process:
+        return
+    output_dir = Path(run.args.output_dir)
+    path = lora_path(output_dir, run.step)
+    with attempt(f"Writing {path}"):
+        path.parent.mkdir(exist_ok=True)
+        save_lora(run.base, path, weights, is_for_use=True)
+        if run.args.loras_total_limit is not None:
+            kept = sorted(path.parent.glob("step-*.safetensors"), key=lambda path: path.stat().st_mtime)
+            best = best_step(output_dir)
+            for old in kept[: -run.args.loras_total_limit]:
+                if best is None or old != lora_path(output_dir, best):
+                    old.unlink()
+
+
+def best_step(output_dir: Path) -> int | None:
+    """Return the step with the lowest loss of held-out clips, of those whose LoRA is kept; None without any."""
+    lines = []
+    with contextlib.suppress(OSError):
+        lines = (output_dir / "metrics.jsonl").read_text(errors="replace").splitlines()
+    losses = {}
+    for line in lines:
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that a full disk has cut short, or another
+            row = json.loads(line)
+            if lora_path(output_dir, row["step"]).is_file():
+                losses[row["step"]] = float(row["validation/loss"])
+    return min(losses, key=losses.get, default=None)
 
 
 def remove_checkpoint(folder: Path) -> None:
@@ -3185,9 +3256,9 @@ def not_finite(run: Run, what: str) -> RunError:
 
 
 def run_validation(run: Run, is_final: bool = False) -> list[tuple[str, Path]]:
-    """Sample the validation prompts with the LoRA as it is, and return each video with its prompt. Each process takes
-    some of the prompts. They were encoded at the start, so the text encoder is not loaded. A failure (out of memory, a
-    full disk) is logged, and training continues. A signal to stop ends the sampling."""
+    """Keep the LoRA as it is, sample the validation prompts with it, and return each video with its prompt. Each
+    process takes some of the prompts. They were encoded at the start, so the text encoder is not loaded. A failure
+    (out of memory, a full disk) is logged, and training continues. A signal to stop ends the sampling."""
     args = run.args
     accelerator = run.accelerator
     inputs = validation_inputs(args) if args.num_validation_videos else []
@@ -3196,6 +3267,9 @@ def run_validation(run: Run, is_final: bool = False) -> list[tuple[str, Path]]:
     run.base.eval()
     if run.dataset.held_out:
         log_held_out_loss(run)
+    # Before the first step it changes nothing. Without any of these flags, nobody asked for validations.
+    if run.step and (inputs or run.dataset.held_out or args.validation_steps):
+        keep_lora(run)
     if own:
         with attempt("Validation"), stage(args, "sampling", run.step):
             vae = load_vae(args, DTYPES[accelerator.mixed_precision]).to(accelerator.device)
@@ -3370,8 +3444,7 @@ import torch
 from diffusers import {pipeline}
 from diffusers.utils import {helpers}
 
-device = "cuda" if torch.cuda.is_available() else "cpu"
-pipe = {pipeline}.from_pretrained({base_model!r}, dtype=torch.{dtype}).to(device)
+pipe = {pipeline}.from_pretrained({base_model!r}, dtype=torch.{dtype})
 pipe.load_lora_weights({repo_id!r})  # alpha / rank is in its matrices: no further scale is needed
 pipe.enable_model_cpu_offload()  # one part of the model at a time is on the GPU; pipe.to("cuda") is faster
 pipe.vae.enable_tiling()

@@ -121,7 +121,7 @@ def test_new_flags_are_those_agreed_on(script):
     new = {"--precompute_dir", "--skip_bad_videos", "--frame_sampling", "--validation_steps", "--num_inference_steps"}
     new |= {"--hub_private_repo", "--buckets", "--caption_dropout", "--eval_split", "--init_lora"}
     new |= {"--lora_target_modules", "--quantize_base", "--checkpoint_policy", "--offload_activations", "--compile"}
-    new |= {"--offload_base", "--lora_blocks", "--video_reader"}
+    new |= {"--offload_base", "--lora_blocks", "--video_reader", "--loras_total_limit", "--final_lora"}
     known = {row["flag"] for row in ORIGINALS} | new | {"-h", "--help"}
     assert set(parser_actions(script)) <= known
 

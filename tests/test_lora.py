@@ -26,7 +26,7 @@ def randomised_lora(script, model, folder, is_for_use: bool = False):
     torch.manual_seed(1)
     for parameter in trainable:
         torch.nn.init.normal_(parameter, std=0.3)
-    script.save_lora(transformer, folder, script.lora_weights(transformer), is_for_use)
+    script.save_lora(transformer, folder / script.LORA_FILE, script.lora_weights(transformer), is_for_use)
     return transformer.eval()
 
 

@@ -82,10 +82,13 @@ def test_last_lines_say_where_the_lora_is_and_how_to_use_and_continue_it(run, ca
     caplog.set_level("INFO")
     output = run(max_train_steps=3)
     messages = [record.message for record in caplog.records]
-    assert f"LoRA: {output / 'pytorch_lora_weights.safetensors'}. " in " ".join(messages)
-    assert f"pipe.load_lora_weights({str(output)!r})" in " ".join(messages)
-    assert messages[-2].startswith(f"Done. {output} has the LoRA, its card (README.md)")
-    assert "--resume_from_checkpoint latest" in messages[-1]
+    assert f"LoRA: {output / 'pytorch_lora_weights.safetensors'}" in messages
+    assert messages[-4].startswith(f"Done. {output} has the LoRA, its card (README.md)")
+    assert "--resume_from_checkpoint latest" in messages[-3]
+    assert messages[-2:] == [
+        f"To look at the run: python tools/report.py {output}",
+        f"To use the LoRA of step 3: pipe.load_lora_weights({str(output)!r})",
+    ]
 
 
 def test_files_are_open_to_who_may_read_new_files(run, clips):

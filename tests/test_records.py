@@ -87,7 +87,7 @@ def test_a_lora_of_other_names_is_never_written(script, model, tmp_path):
     script.add_lora(transformer, 4, 4)
     weights = {f"_orig_mod.{name}": weight for name, weight in script.lora_weights(transformer).items()}
     with pytest.raises(script.RunError, match="its layers would have other names"):
-        script.save_lora(transformer, tmp_path, weights)
+        script.save_lora(transformer, tmp_path / script.LORA_FILE, weights)
     assert list(tmp_path.iterdir()) == []
 
 
