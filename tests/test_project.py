@@ -327,16 +327,27 @@ sys.exit(subprocess.Popen([sys.executable, "-SE", "-c", {TRAINER!r}]).wait())
 @pytest.mark.parametrize("script", ["scripts/train_t2v_single_gpu.sh", "scripts/train_i2v_multi_gpu.sh"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_shell_scripts_pass_signals_on_and_wait_for_the_trainer(script, number, tmp_path):
-    """accelerate's launcher, which this stand-in is like, ends at a signal and leaves its child running."""
+    """accelerate's launcher, which this stand-in is like, ends at a signal and leaves its child running. Its traceback
+    is not shown."""
     stand_in(tmp_path, "accelerate", LAUNCHER, shell=f"{sys.executable} -SE")
     path = f"{tmp_path}:{os.environ['PATH']}"
     environment = os.environ | {"DATA": ".", "GPUS": "1", "PATH": path, "SECONDS_TO_TRAIN": "60"}
-    with subprocess.Popen(["bash", ROOT / script], stdout=subprocess.PIPE, text=True, env=environment) as shell:
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(["bash", ROOT / script], **streams, env=environment) as shell:
         assert shell.stdout.readline() == "training\n"
         shell.send_signal(number)
         received = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
         assert shell.stdout.read() == f"saved after {received.value}\n"
     assert shell.returncode == 128 + received
+
+
+@pytest.mark.parametrize(("attribute", "code", "lines"), [("sigval", 143, 0), ("number", 1, 1)])
+def test_only_a_signal_has_no_traceback(attribute, code, lines, tmp_path):
+    """The launcher of several processes raises an exception of torch, which has the signal as its `sigval`."""
+    does = f"error = ValueError('it has ended')\nerror.{attribute} = 15\nraise error"
+    stand_in(tmp_path, "accelerate", does, shell=f"{sys.executable} -SE")
+    done = run_shell_script("scripts/train_t2v_single_gpu.sh", tmp_path, DATA=".")
+    assert (done.returncode, done.stderr.count("ValueError: it has ended")) == (code, lines)
 
 
 def test_shell_scripts_end_with_the_exit_code_of_the_launcher(tmp_path):
