@@ -708,7 +708,7 @@ def main(args: Namespace) -> None:
         is_trained = checkpoint_step >= max_train_steps
         is_published = earlier.get("state") == "finished" and earlier["step"] >= checkpoint_step
         if is_trained and is_published and in_first(Path(args.output_dir, LORA_FILE).is_file):
-            end["step"] = earlier["step"]
+            end |= {name: earlier[name] for name in ("step", "lora_step") if name in earlier}
             steps = f"{checkpoint} is of step {checkpoint_step}, and {max_train_steps} are asked for"
             logger.info(f"Nothing is left to train: {steps}. For more, raise --max_train_steps or --num_train_epochs.")
             return
@@ -752,6 +752,7 @@ def main(args: Namespace) -> None:
         step, videos = in_first(choose_final_lora, run, videos)
         in_first(publish, run, step, videos, repo_id)
         end["step"] = run.step
+        end["lora_step"] = step
 
 
 def train(run: Run, loader: DataLoader, sampler: ShapeBatchSampler) -> None:
@@ -3823,7 +3824,8 @@ def stage(args: Namespace, name: str, step: int = 0) -> Iterator[None]:
 @contextlib.contextmanager
 def recorded(args: Namespace, lock: int) -> Iterator[dict]:
     """Keep in state.json whether the run is going, finished, stopped by a signal or failed, and why. Yield a dict for
-    the `step` that it says at the end. Then other runs may write: `lock` is released."""
+    what it says at the end: the last `step`, and the `lora_step` of the finished LoRA. Then other runs may write:
+    `lock` is released."""
     end = {}
     if is_first_process():
         write_state(args, {"state": "going"})

@@ -67,7 +67,7 @@ def test_the_best_lora_can_be_the_final_one(script, run, monkeypatch, caplog):
     assert (output / "final_video_0.mp4").read_bytes() == video.read_bytes()
     assert "\n| steps | 4 |\n" in (output / "README.md").read_text()
     assert f"To use the LoRA of step 4: pipe.load_lora_weights('{output}')" in caplog.text
-    assert json.loads((output / "state.json").read_text()) == {"state": "finished", "step": 6}
+    assert json.loads((output / "state.json").read_text()) == {"state": "finished", "step": 6, "lora_step": 4}
 
 
 def test_the_last_lines_say_what_one_needs_next(script, run, monkeypatch, caplog):
