@@ -1,9 +1,15 @@
 """What tools/plan.py counts: the goals for the real models, and that the counts are those of real runs."""
 
+import argparse
 import importlib
 import json
+import logging
 import math
+from argparse import Namespace
+from pathlib import Path
 
+import budget
+import cards
 import models as published
 import plan
 import pytest
@@ -99,6 +105,7 @@ def test_counts_without_weights_are_those_of_a_real_step(script, flags, changes)
 def test_plan_is_the_run(script, flags, run, capsys, caplog):
     settings = {"max_train_steps": None, "num_train_epochs": 2, "train_batch_size": 1, "random_flip": True}
     settings |= {"buckets": ["9x64x96", "5x32x64"], "validation_prompt": "a red square", "num_inference_steps": 1}
+    settings["validation_epochs"] = 1
     plan.main([str(ROOT / f"{script.__name__}.py"), *flags(**settings), "--json"])
     found = json.loads(capsys.readouterr().out)
     caplog.set_level("INFO")
@@ -107,6 +114,7 @@ def test_plan_is_the_run(script, flags, run, capsys, caplog):
     assert f"Steps: {found['steps']}, {found['steps an epoch']} an epoch" in caplog.text
     assert f"LoRA: {found['trained parameters']:,} parameters" in caplog.text
     assert len((output / "metrics.jsonl").read_text().splitlines()) == found["steps"] == 8
+    assert len((output / "samples.jsonl").read_text().splitlines()) == found["samples"] == 3
     assert list(found["stages"]) == ["encoding a prompt", "encoding a clip", "a training step", "sampling a video"]
 
 
@@ -133,14 +141,17 @@ def test_what_does_not_fit_is_said_with_the_flags_that_help(script, flags, monke
     plan.main(words)
     assert "a training step: fits (t4" in capsys.readouterr().out
     # 1 % less than what the run takes: the first flag that saves memory is named.
-    monkeypatch.setitem(plan.GPUS, "t4", (plan.CUDA_CONTEXT + 0.99 * peaks[0] / 2**30, *plan.GPUS["t4"][1:]))
+    card = plan.GPUS["t4"]
+    monkeypatch.setitem(plan.GPUS, "t4", card._replace(memory=plan.CUDA_CONTEXT + 0.99 * peaks[0] / 2**30))
     plan.main(words)
     said = capsys.readouterr().out
-    assert "a training step: does not fit (t4" in said and "What fits: --train_batch_size 1 (a training" in said
-    monkeypatch.setitem(plan.GPUS, "t4", (plan.CUDA_CONTEXT, *plan.GPUS["t4"][1:]))
+    assert "a training step: does not fit (t4" in said and "What fits: --train_batch_size 1\n  a training" in said
+    assert "The whole run on t4 with --train_batch_size 1, estimated:" in said
+    monkeypatch.setitem(plan.GPUS, "t4", card._replace(memory=plan.CUDA_CONTEXT))
     plan.main(words)
-    said = capsys.readouterr().out.splitlines()[-1]
-    assert said.startswith("No flags make it fit; with --") and " --train_batch_size 1 " in said
+    said = capsys.readouterr().out
+    assert "No flags make it fit." in said and "The least is with --" in said
+    assert " --train_batch_size 1 " in said
 
 
 def costs_by_flags(args) -> dict:
@@ -153,22 +164,29 @@ def costs_by_flags(args) -> dict:
     return {"a training step": training_cost, "sampling a video": sampling_cost}
 
 
+def advised(script, args, limit: float) -> str:
+    return plan.advice(args, *plan.what_fits(script, args, costs_by_flags, limit), limit)
+
+
 def test_advice_has_the_flags_that_help_the_stages_that_do_not_fit(script, flags):
     args = script.get_args(flags(train_batch_size=2))
-    said = plan.what_fits(script, args, costs_by_flags, 6 * 2**30)
-    peaks = "a training step 5.0 GiB, sampling a video 5.0 GiB; 10.5 GiB of pinned host memory for each process"
-    assert said == f"What fits: --gradient_checkpointing --checkpoint_policy attention --offload_base ({peaks})"
-    said = plan.what_fits(script, args, costs_by_flags, 3.5 * 2**30)  # no room for what attention would keep
+    assert advised(script, args, 6 * 2**30).splitlines() == [
+        "What fits: --gradient_checkpointing --checkpoint_policy attention --offload_base",
+        "  a training step: 5.0 GiB",
+        "  sampling a video: 5.0 GiB",
+        "  10.5 GiB of pinned host memory for each process",
+    ]
+    said = advised(script, args, 3.5 * 2**30)  # no room for what attention would keep
     wanted = "--gradient_checkpointing --offload_base --offload_activations --train_batch_size 1"
-    assert said.startswith(f"What fits: {wanted} (")
-    assert plan.what_fits(script, args, costs_by_flags, 2**30).startswith("No flags make it fit; with ")
+    assert said.startswith(f"What fits: {wanted}\n")
+    assert advised(script, args, 2**30).startswith("No flags make it fit.")
 
 
 def test_an_exact_flag_comes_before_one_that_is_not(script, flags):
     """And no flags are advised that the script refuses together."""
-    said = plan.what_fits(script, script.get_args(flags(train_batch_size=2)), costs_by_flags, 2.5 * 2**30)
+    said = advised(script, script.get_args(flags(train_batch_size=2)), 2.5 * 2**30)
     assert "--offload_base --offload_activations" in said and "nf4" not in said
-    said = plan.what_fits(script, script.get_args(flags(train_batch_size=1, compile=True)), costs_by_flags, 2**30)
+    said = advised(script, script.get_args(flags(train_batch_size=1, compile=True)), 2**30)
     assert "--quantize_base nf4" in said and "--offload_base" not in said
 
 
@@ -283,3 +301,255 @@ def test_published_models_have_their_number_of_parameters():
 
 def test_a_stages_script_is_known():
     assert {published.script_name(name) for name in published.TRANSFORMERS} == set(SCRIPTS)
+
+
+def planned(script, words: list[str], capsys) -> dict:
+    plan.main([str(ROOT / f"{script.__name__}.py"), *words, "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def said_of(script, words: list[str], capsys) -> str:
+    plan.main([str(ROOT / f"{script.__name__}.py"), *words])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("validation_steps", [None, 1, 3])
+@pytest.mark.parametrize("validation_epochs", [1, 2])
+def test_validations_and_micro_batches_are_those_of_the_loop(validation_steps, validation_epochs):
+    """The loop of `train`, written out."""
+    settings = {"validation_steps": validation_steps, "validation_epochs": validation_epochs}
+    for steps in range(13):
+        for batches, accumulated in ((1, 1), (5, 2), (4, 1), (2, 4)):
+            args = Namespace(**settings, gradient_accumulation_steps=accumulated)
+            step = epoch = 0
+            trained = 0
+            validations = 2  # before the first step, and at the end
+            while step < steps:
+                for batch in range(1, batches + 1):
+                    trained += 1
+                    if batch % accumulated and batch < batches:
+                        continue
+                    step += 1
+                    if step == steps:
+                        break
+                    if validation_steps and step % validation_steps == 0:
+                        validations += 1
+                else:
+                    epoch += 1
+                    if not validation_steps and epoch % validation_epochs == 0:
+                        validations += 1
+            found = budget.num_validations(args, steps, math.ceil(batches / accumulated))
+            assert found == validations, (steps, batches, accumulated)
+            assert budget.num_micro_batches(args, steps, batches) == trained, (steps, batches, accumulated)
+
+
+def test_times_and_files_are_those_of_a_run(script, flags, run, capsys, monkeypatch, models, kind):
+    """Training passes, passes of held-out clips, checkpoints, and what they have in them."""
+    settings = {"train_batch_size": 1, "eval_split": 1, "gradient_accumulation_steps": 2, "max_train_steps": 3}
+    settings |= {"checkpointing_steps": 1, "checkpoints_total_limit": 1, "validation_steps": 2, "rank": 64}
+    found = planned(script, flags(**settings), capsys)
+    passes = {True: 0, False: 0}  # with gradients, and without
+    loss = script.diffusion_loss
+
+    def count(*arguments):
+        passes[torch.is_grad_enabled()] += 1
+        return loss(*arguments)
+
+    monkeypatch.setattr(script, "diffusion_loss", count)
+    output = run(**settings)
+    assert found["times"][plan.TRAINING] == passes[True] == 5  # an epoch of 3 clips has steps of 2 and of 1
+    assert found["times"][plan.HELD_OUT] == passes[False] == 3 * 10
+    assert found["amounts"][plan.TRAINING] == pytest.approx(5)
+    (checkpoint,) = output.glob("checkpoint-*")
+    assert (found["kept"]["checkpoints"]["number"], found["kept"]["checkpoints"]["most"]) == (1, 2)
+    files = sum((checkpoint / name).stat().st_size for name in (script.LORA_FILE, "optimizer.bin"))
+    one = found["disk"]["checkpoints"] / 2
+    assert one < files < one + 100_000  # names and sizes of the tensors
+    weights = {part: 0 for part in ("text_encoder", "transformer")}
+    for part in weights:
+        for path in (models[kind] / part).glob("*.safetensors"):
+            weights[part] += path.stat().st_size
+    host = found["host memory"]
+    assert 0 <= weights["text_encoder"] - host["text encoder"] < 20_000
+    assert 0 <= weights["transformer"] - host["transformer, while it is loaded"] < 20_000
+    assert host["most"] == max(host["text encoder"], host["transformer, while it is loaded"])
+
+
+def test_loras_are_counted_where_the_run_validates(script, flags):
+    args = script.get_args(flags())
+    kept = {}
+    for name, change in {
+        "nothing is validated": {},
+        "steps": {"validation_steps": 2},
+        "prompts": {"validation_prompt": "a"},
+        "limited": {"validation_steps": 2, "loras_total_limit": 1},
+        "the best one is spared": {"validation_steps": 2, "loras_total_limit": 1, "eval_split": 1},
+    }.items():
+        changed = Namespace(**vars(args) | change)
+        prompts = len(script.validation_inputs(changed))
+        kept[name] = budget.loras(changed, 8, 5, prompts, 1000)
+    assert {name: files.number for name, files in kept.items()} == {
+        "nothing is validated": 1, "steps": 5, "prompts": 5, "limited": 2, "the best one is spared": 3
+    }  # fmt: skip
+    assert kept["steps"].size == 5 * 4000 and kept["limited"].size == 3 * 4000  # one more while it is written
+
+
+def test_time_and_price_are_those_of_all_stages_and_processes(script, flags, capsys):
+    settings = {"train_batch_size": 1, "random_flip": True}
+    settings |= {"validation_prompt": "a:::b:::c", "num_validation_videos": 2}
+    found = planned(script, [*flags(**settings), "--num_processes", "2", "--price", "0.5"], capsys)
+    # Three prompts for two processes, 4 clips both ways, 4 captions, 3 prompts and the empty one.
+    assert found["times"] == {
+        "encoding a prompt": 4, "encoding a clip": 4, plan.TRAINING: 2, plan.SAMPLING: 2 * 2 * 2, plan.HELD_OUT: 0
+    }  # fmt: skip
+    assert found["samples"] == 2 * 3 * 2
+    for gpu, run in found["run"].items():
+        seconds = found["seconds"][gpu]
+        assert run["samples"] == pytest.approx(8 * seconds[plan.SAMPLING])
+        assert run["training"] == pytest.approx(2 * seconds[plan.TRAINING])
+        assert run["total"] == pytest.approx(sum(run.values()) / 2)
+        for stage, price in found["price"][gpu].items():
+            assert price == pytest.approx(0.5 * 2 * run[stage] / 3600)
+
+
+def test_smaller_clips_and_batches_take_less(script, flags):
+    args = script.get_args(flags(train_batch_size=2, max_train_steps=None, num_train_epochs=1))
+    found = plan.schedule(script, args, [(3, 8, 12)] * 3 + [(3, 8, 6)], 5, 1)
+    # Batches of two and of one large clip, and one of a small clip, half as large.
+    assert found["times"][plan.TRAINING] == 3
+    assert found["amounts"][plan.TRAINING] == pytest.approx((2 + 1 + 0.5) / 2)
+    assert found["amounts"]["encoding a clip"] == pytest.approx(3.5)
+    # The second process waits for the first one.
+    both = plan.schedule(script, args, [(3, 8, 12)] * 2 + [(3, 8, 6)], 5, 2)
+    assert both["amounts"][plan.TRAINING] == pytest.approx(1)
+
+
+def test_samples_that_take_long_are_named_with_the_flag_that_lowers_it(script, flags):
+    args = script.get_args(flags(validation_prompt="a", validation_steps=10))
+    assert plan.less_sampling(args, {"samples": 2, "total": 10}, 5) == []
+    (said,) = plan.less_sampling(args, {"samples": 3, "total": 10}, 5)
+    assert "30%" in said and "--validation_steps than 10" in said
+    args = script.get_args(flags(validation_prompt="a"))
+    assert "--validation_epochs than 50" in plan.less_sampling(args, {"samples": 3, "total": 10}, 5)[0]
+    assert "--num_inference_steps than 50" in plan.less_sampling(args, {"samples": 3, "total": 10}, 2)[0]
+    args.num_validation_videos = 4
+    assert "--num_validation_videos than 4" in plan.less_sampling(args, {"samples": 3, "total": 10}, 2)[0]
+
+
+def test_guidance_of_1_samples_without_the_empty_prompt(script, flags, capsys):
+    flop = []
+    for scale in (6, 1):
+        words = flags(validation_prompt="a", guidance_scale=scale)
+        flop.append(planned(script, words, capsys)["stages"][plan.SAMPLING]["flop"])
+    assert flop[1] < 0.8 * flop[0]
+
+
+def test_report_ends_with_time_and_price(script, flags, capsys):
+    words = [*flags(validation_prompt="a", eval_split=1, gradient_checkpointing=True), "--gpu", "4090"]
+    plan.decoding_cost.cache_clear()
+    said = said_of(script, [*words, "--price", "2"], capsys)
+    # Of these flags and of two faster ways: all decode in the same way, which takes the longest to count.
+    assert (plan.decoding_cost.cache_info().misses, plan.decoding_cost.cache_info().hits) == (1, 2)
+    table = said[said.index("The whole run on 4090, estimated:") :].splitlines()
+    assert table[1].split() == ["stage", "times", "each", "time", "part", "price"]
+    stages = ["encoding prompts", "encoding clips", "training", "samples", "held-out losses", "total"]
+    assert [next(name for name in stages if line.startswith(name)) for line in table[2:8]] == stages
+    assert max(len(line) for line in said.splitlines()) <= 100
+    # What is faster where there is room.
+    for better in ("--checkpoint_policy attention", "without --gradient_checkpointing"):
+        assert f"Faster: {better} fits (" in said
+    assert "price" not in said_of(script, words, capsys)
+
+
+def test_report_without_a_card_has_all_of_them(script, flags, capsys):
+    said = said_of(script, [*flags(), "--price", "2"], capsys)
+    table = said[said.index("The whole run on each card") :].splitlines()
+    assert [line.split()[0] for line in table[2:]] == list(plan.GPUS)
+    assert table[1].split() == ["encoding", "prompts", "encoding", "clips", "training", "total", "price"]
+
+
+def test_less_recomputation_is_advised_where_it_fits(script, flags):
+    def costs_of(args) -> dict:
+        kept = 2 if args.checkpoint_policy == "attention" else 0 if args.gradient_checkpointing else 10
+        flop = {0: 4, 2: 3.5, 10: 3}[kept] * 1e15
+        base = 1 if args.offload_base else 5
+        return {plan.TRAINING: plan.Cost((base + kept) * 2**30, flop=flop)}
+
+    args = script.get_args(flags(gradient_checkpointing=True, offload_base=True))
+    attention, nothing = plan.what_is_faster(args, costs_of, 8 * 2**30, "4090")
+    assert attention["fits"] and attention["flags"] == "--checkpoint_policy attention"
+    assert attention["flop saved"] == 0.5e15
+    assert attention["seconds saved"] == pytest.approx(0.5e15 / (0.8 * 165e12))
+    assert nothing["flags"] == "without --gradient_checkpointing --offload_base"
+    assert not nothing["fits"] and nothing["peak"] == 15 * 2**30
+    assert "seconds saved" not in plan.what_is_faster(args, costs_of, 8 * 2**30, "16")[0]
+    assert plan.what_is_faster(script.get_args(flags()), costs_of, 8 * 2**30, "4090") == []
+
+
+def test_a_card_is_named_or_its_memory_is(script, flags, capsys):
+    assert cards.gpu_name("4090") == "4090" and cards.gpu_name("2080Ti") == "2080ti" and cards.gpu_name("16GB") == "16"
+    for wrong in ("9999", "gtx", "0", "nan"):
+        with pytest.raises(argparse.ArgumentTypeError, match="number of GB"):
+            cards.gpu_name(wrong)
+    for gigabytes, name in ((8, "4060"), (11, "2080ti"), (12, "4070"), (16, "4080"), (24, "4090"), (32, "5090")):
+        memory = cards.card_of(str(gigabytes)).memory
+        assert 0.9 * gigabytes < memory <= cards.GPUS[name].memory
+        assert cards.GPUS[name].memory - memory < 0.025 * gigabytes
+    said = said_of(script, [*flags(), "--gpu", "16"], capsys)
+    assert "a training step: fits (16, 15.4 GiB)" in said and "Its speed is not known" in said
+    assert "The whole run" not in said and "seconds on" not in said
+
+
+def test_rates_are_those_with_sums_in_fp32():
+    """Of GeForce cards since Ada 512 operations a multiprocessor and cycle: half of the rate with sums in fp16."""
+    published_clocks = {  # multiprocessors, and the boost clock in GHz
+        "5090": (170, 2.407), "5080": (84, 2.617), "5070": (48, 2.512), "4090": (128, 2.52), "4080": (76, 2.505),
+        "4070": (46, 2.475), "4060": (24, 2.46),
+    }  # fmt: skip
+    for name, (multiprocessors, clock) in published_clocks.items():
+        assert cards.GPUS[name].rate == pytest.approx(multiprocessors * clock * 1e9 * 512, rel=0.005), name
+
+
+def test_what_a_turing_card_lacks_is_said():
+    for name in ("t4", "2080ti"):
+        notes = " ".join(plan.notes_on(name, torch.bfloat16))
+        assert "no bf16" in notes and "no flash attention" in notes
+        assert "no bf16" not in " ".join(plan.notes_on(name, torch.float16))
+    assert plan.notes_on("4090", torch.bfloat16) == []
+    assert "fp32" in " ".join(plan.notes_on("4090", torch.float32))
+
+
+@pytest.mark.parametrize("changes", [{"checkpoint_policy": "attention"}, {"offload_base": True}])
+def test_remembered_operations_count_as_those_that_run(script, flags, monkeypatch, changes):
+    args = script.get_args(flags(gradient_checkpointing=True, **changes))
+    configs = [script.read_config(args, name)[0] for name in ("transformer", "vae")]
+    costs = []
+    for is_remembered in (False, True, True):
+        if not is_remembered:
+            monkeypatch.setattr(plan, "has_new_results", lambda _operation: False)
+        else:
+            monkeypatch.undo()
+        costs.append(plan.training_cost(script, args, *configs, (3, 8, 12), torch.bfloat16)[0])
+    assert costs[0] == costs[1] == costs[2] and plan.CostCounter.remembered
+
+
+def test_the_layout_of_numbers_tells_their_kinds_apart():
+    layouts = {plan.layout((value,)) for value in (1, 1.0, True)}
+    assert len(layouts) == 3
+    for tensor in (torch.zeros(2), torch.zeros((), device="meta")):
+        with pytest.raises(TypeError):
+            plan.layout([tensor])
+
+
+def test_no_warning_of_bitsandbytes():
+    """Its logger is set before the import, as in the scripts."""
+    source = Path(plan.__file__).read_text()
+    silenced = 'logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)'
+    assert source.index(silenced) < source.index("import bitsandbytes")
+    assert logging.getLogger("bitsandbytes.backends.cpu.ops").level == logging.ERROR
+
+
+def test_no_clip_left_to_train_on_is_said(script, flags, capsys):
+    with pytest.raises(SystemExit):
+        plan.main([str(ROOT / f"{script.__name__}.py"), *flags(eval_split=4)])
+    assert "leaves nothing of 4 clips" in capsys.readouterr().err

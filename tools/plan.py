@@ -1,7 +1,8 @@
-"""What a run needs, before it is paid for: clips, steps, disk, and memory, arithmetic and time of each stage. With
---gpu it says which flags make the run fit, exact ones before the one that is not, and which make it faster then.
+"""What a run needs, before it is paid for: clips, steps, disk, host memory, the memory and arithmetic of each stage,
+how long the whole run takes, and what it costs. With --gpu it says which flags make the run fit, exact ones before
+the one that is not, and which make it faster where there is room.
 
-    python tools/plan.py train_cogvideox_lora.py [the flags of the run] [--gpu 4090] [--num_processes 8] [--json]
+    python tools/plan.py train_cogvideox_lora.py [the flags of the run] [--gpu 4090] [--price 0.5] [--num_processes 8]
 
 The script's own functions run on the meta device, which knows shapes and no values. So a step of the real model takes
 seconds without a GPU, its weights are not loaded (only its configs are read), and the counts are exact: the peak of
@@ -9,6 +10,10 @@ the tensors that are alive, the bytes that each operation reads and writes, and 
 attention. What an allocator wastes and what CUDA itself takes (about 0.6 GiB) is not in them, and a compiled block
 moves fewer bytes. Seconds are estimates: bytes at the card's bandwidth, operations at 80 % of its peak, and beside
 them the copies of --offload_base at 24 GB/s.
+
+The time of the run is that of a new one on an idle machine, without what is none of the stages: loading the models,
+waiting for clips that are decoded, saving. A smaller clip is taken to cost less in proportion to its pixels, a little
+too much: the arithmetic of attention falls with their square.
 """
 
 import argparse
@@ -17,6 +22,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import logging
 import math
 import os
 import weakref
@@ -25,13 +31,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import ClassVar
 from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# It warns at import that a kernel for CPUs is missing. The scripts silence this, too.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 import bitsandbytes  # noqa: E402
+import budget  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from cards import CUDA_CONTEXT, GPUS, card_of, gpu_name  # noqa: E402
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXTransformer3DModel  # noqa: E402
 from diffusers.quantizers.bitsandbytes.utils import replace_with_bnb_linear  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
@@ -41,22 +53,25 @@ from training_script import ending_as, load_script, open_run  # noqa: E402
 from transformers import T5Config, T5EncoderModel  # noqa: E402
 
 GIB = 2**30
-GPUS = {  # memory in GiB; published bandwidth in bytes and operations in half precision, without sparsity, per second
-    "h200": (139, 4.8e12, 989e12), "h100": (79, 3.35e12, 989e12), "a100": (79, 2.04e12, 312e12),
-    "l40s": (44, 0.86e12, 362e12), "4090": (23.5, 1.01e12, 165e12), "3090": (23.5, 0.94e12, 71e12),
-    "t4": (14.6, 0.32e12, 65e12),
-}  # fmt: skip
-CUDA_CONTEXT = 0.6  # GiB that CUDA and its libraries take for themselves
 HOST_LINK = 24e9  # bytes a second from pinned host memory, over PCIe 4.0 with 16 lanes
+TRAINING = "a training step"
+SAMPLING = "sampling a video"
+HELD_OUT = "a held-out loss"
+STAGES = {  # what is counted once, and what a run does of it
+    "encoding a prompt": "encoding prompts", "encoding a clip": "encoding clips", TRAINING: "training",
+    SAMPLING: "samples", HELD_OUT: "held-out losses",
+}  # fmt: skip
 
 
 @dataclasses.dataclass
 class Cost:
-    """Of a stage: bytes alive at its peak (also by part), bytes of pinned host memory, bytes moved, of which by casts
-    and by matrix products, bytes copied from the host by --offload_base, and operations."""
+    """Of a stage: bytes alive at its peak (also by part), bytes of pinned host memory, bytes of weights that are
+    loaded into host memory, bytes moved on the device, of which by casts and by matrix products, bytes copied from
+    the host by --offload_base, and operations."""
 
     peak: int = 0
     pinned: int = 0
+    loaded: int = 0
     traffic: int = 0
     casts: int = 0
     matrix_traffic: int = 0
@@ -65,9 +80,9 @@ class Cost:
     parts: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def seconds(self, gpu: str) -> float:
-        _, bandwidth, rate = GPUS[gpu]
-        matrices = max(self.matrix_traffic / bandwidth, self.flop / (0.8 * rate))
-        computing = (self.traffic - self.matrix_traffic) / bandwidth + matrices
+        card = GPUS[gpu]
+        matrices = max(self.matrix_traffic / card.bandwidth, self.flop / (0.8 * card.rate))
+        computing = (self.traffic - self.matrix_traffic) / card.bandwidth + matrices
         return max(computing, self.copied / HOST_LINK)
 
 
@@ -103,8 +118,27 @@ def from_like(like: Like, device: str = "meta") -> torch.Tensor:
     return torch.empty(like.shape, dtype=like.dtype, device=device)
 
 
+def layout(value) -> tuple:
+    """Return all of an operation's argument that its result's layout depends on: of a tensor no values. Raises
+    TypeError for what has no layout to be remembered: values on a real device, and single numbers, whose dtype may
+    give way to another one."""
+    if isinstance(value, torch.Tensor):
+        if not value.is_meta or value.dim() == 0:
+            raise TypeError
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, (list, tuple)):
+        return tuple(layout(item) for item in value)
+    return type(value), value  # 1, 1.0 and True are equal, and their results are not
+
+
 class CostCounter(TorchDispatchMode):
-    """Counts, while it is entered, the bytes that live on the device and what each operation reads and writes."""
+    """Counts, while it is entered, the bytes that live on the device and what each operation reads and writes.
+
+    What torch does for an operation on the meta device takes most of the time. So it is asked once for the same
+    operation on the same layouts, and its answer is remembered: `remembered` has the layouts of the results, and what
+    the operation costs. Views and operations in place are run each time."""
+
+    remembered: ClassVar[dict] = {}
 
     def __init__(self):
         super().__init__()
@@ -124,22 +158,63 @@ class CostCounter(TorchDispatchMode):
         self.live -= self.storages.pop(key)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        key = None
+        if has_new_results(func):
+            with contextlib.suppress(TypeError):
+                key = func, layout(args), tuple(kwargs), layout(tuple(kwargs.values()))
+                hash(key)
+        if key in self.remembered:
+            layouts, is_single, amounts = self.remembered[key]
+            outputs = []
+            for size, strides, dtype in layouts:
+                outputs.append(torch.empty_strided(size, strides, dtype=dtype, device="meta"))
+            result = outputs[0] if is_single else tuple(outputs)
+        else:
+            result, outputs, amounts = self.measure(func, args, kwargs)
+            is_single = isinstance(result, torch.Tensor)
+            if key is not None and (is_single or len(outputs) == len(result)) and self.are_new(outputs, args):
+                layouts = [(output.shape, output.stride(), output.dtype) for output in outputs]
+                self.remembered[key] = layouts, is_single, amounts
+        for name, amount in amounts.items():
+            setattr(self.cost, name, getattr(self.cost, name) + amount)
+        self.watch(*outputs)
+        return result
+
+    @staticmethod
+    def are_new(outputs: list[torch.Tensor], args: tuple) -> bool:
+        """Return whether tensors of the meta device share no memory with arguments. An operation may not declare that
+        they do: `_unsafe_view`."""
+        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)}
+        return all(output.is_meta and output.untyped_storage()._cdata not in given for output in outputs)
+
+    @staticmethod
+    def measure(func, args: tuple, kwargs: dict) -> tuple[object, list[torch.Tensor], dict[str, int]]:
+        """Run an operation. Return its result, the tensors in it, and what is to be added to the costs."""
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         known = {tensor.untyped_storage()._cdata for tensor in inputs}
-        result = func(*args, **kwargs or {})
+        result = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         is_view = all(output.untyped_storage()._cdata in known for output in outputs) and not func._schema.is_mutable
         name = func.__name__
+        amounts = {}
         if not is_view and not name.startswith(("empty", "new_empty")):
             moved = sum(elements(tensor) * tensor.element_size() for tensor in inputs + outputs)
-            self.cost.traffic += moved
+            amounts["traffic"] = moved
             if name.startswith(("_to_copy", "copy_")):
-                self.cost.casts += moved
+                amounts["casts"] = moved
             if operations := FLOP.get(func._overloadpacket):
-                self.cost.flop += operations(*args, **kwargs or {}, out_val=result)
-                self.cost.matrix_traffic += moved
-        self.watch(*outputs)
-        return result
+                amounts["flop"] = operations(*args, **kwargs, out_val=result)
+                amounts["matrix_traffic"] = moved
+        return result, outputs, amounts
+
+
+@functools.cache
+def has_new_results(func) -> bool:
+    """Return whether an operation only returns new tensors: no views, and none that it was given."""
+    schema = func._schema
+    is_alias = any(returned.alias_info is not None for returned in schema.returns)
+    return bool(schema.returns) and not is_alias and not schema.is_mutable
 
 
 def flash_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **_) -> torch.Tensor:
@@ -238,6 +313,8 @@ def training_cost(
             stack.enter_context(without_weights(transformer_config))
             stack.enter_context(without_host(script, counter.cost))
         transformer = script.load_transformer(args, dtype)
+        if not args.quantize_base:  # it is quantized on the device, file by file
+            counter.cost.loaded = sum(parameter.nbytes for parameter in transformer.parameters())
         lora = script.add_lora(transformer, args.rank, args.lora_alpha, args.lora_target_modules, args.lora_blocks)
         num_parameters = sum(parameter.numel() for parameter in lora)
         script.place_transformer(args, transformer, torch.device(device))
@@ -325,37 +402,77 @@ def needs_tiles(script: ModuleType, args: Namespace, size: float, limit: float) 
     return args.offload_base or limit + CUDA_CONTEXT * GIB < size + script.OTHER_MEMORY
 
 
-def sampling_cost(
-    script: ModuleType, args: Namespace, vae: torch.nn.Module, transformer: torch.nn.Module, training: Cost,
-    limit: float,
+@functools.cache
+def decoding_cost(
+    script: ModuleType, vae_config: str, shape: tuple, dtype: torch.dtype, slicing: bool, tiling: bool, small: bool
 ) -> Cost:
-    """Of a validation video: --num_inference_steps calls of the transformer, each with and without the prompt
+    """Of latents of `shape` [1, C, f, h, w], decoded by a VAE of this config, in JSON, with these options. No flag of
+    the training changes it, so that it is counted once."""
+    vae = on_meta(lambda: AutoencoderKLCogVideoX.from_config(json.loads(vae_config)), dtype)
+    vae.use_slicing = slicing
+    vae.use_tiling = tiling
+    if small:
+        vae.enable_tiling(*script.SMALL_TILES)
+    latents = torch.zeros(shape, dtype=dtype, device="meta")
+    return count(script, [vae], lambda: vae.decode(latents))
+
+
+def sampling_cost(
+    script: ModuleType, args: Namespace, vae_config: dict, transformer: torch.nn.Module, training: Cost, limit: float
+) -> Cost:
+    """Of a validation video: --num_inference_steps calls of the transformer, with and without the prompt
     (classifier-free guidance), and the decoding. The base and the optimizer's state stay on the device. Where that
     is too much for `limit` bytes, the script decodes in tiles."""
-    config, scale = transformer.config, script.pixels_per_latent(vae.config)
-    new = functools.partial(torch.zeros, dtype=vae.dtype, device="meta")
+    config, scale, dtype = transformer.config, script.pixels_per_latent(vae_config), transformer.dtype
+    new = functools.partial(torch.zeros, dtype=dtype, device="meta")
     frames = latent_frames(script.frames_4k_plus_1(args.max_num_frames))
-    moments = new(1, 2 * vae.config.latent_channels, frames, args.height // scale, args.width // scale)
+    moments = new(1, 2 * vae_config["latent_channels"], frames, args.height // scale, args.width // scale)
     batch = {"moments": moments, "image_moments": moments[:, :, :1]}
     batch["prompt_embeds"] = new(1, config.max_text_seq_length, config.text_embed_dim)
-    latents, conditions = script.prepare_batch(batch, config, vae.config, args)  # [1, f, C, h, w]
+    latents, conditions = script.prepare_batch(batch, config, vae_config, args)  # [1, f, C, h, w]
     conditions.pop("num_padding")
-    both = torch.cat([latents, conditions.pop("image_latents", latents[:, :, :0])], dim=2).to(vae.dtype)
-    conditions["encoder_hidden_states"] = batch["prompt_embeds"].expand(2, -1, -1)
-    timesteps = new(2).long()
-    both = both.expand(2, -1, -1, -1, -1)
+    num_calls = 2 if args.guidance_scale > 1 else 1  # as the pipeline does it, in one batch
+    both = torch.cat([latents, conditions.pop("image_latents", latents[:, :, :0])], dim=2).to(dtype)
+    both = both.expand(num_calls, -1, -1, -1, -1)
+    conditions["encoder_hidden_states"] = batch["prompt_embeds"].expand(num_calls, -1, -1)
+    timesteps = new(num_calls).long()
+    vae = new_vae(args, vae_config, dtype)
     cost = count(script, [transformer.eval(), vae], lambda: transformer(both, timestep=timesteps, **conditions))
     held = training.parts["base"] + training.parts["LoRA"] + training.parts["optimizer"]
-    whole_frames = args.height * args.width * script.DECODED_PIXEL * vae.dtype.itemsize
-    if needs_tiles(script, args, held + whole_frames, limit):
-        vae.enable_tiling(*script.SMALL_TILES)
-    compressed = latents.permute(0, 2, 1, 3, 4).to(vae.dtype)  # [1, C, f, h, w]
-    decoding = count(script, [vae], lambda: vae.decode(compressed))
+    whole_frames = args.height * args.width * script.DECODED_PIXEL * dtype.itemsize
+    is_small = needs_tiles(script, args, held + whole_frames, limit)
+    compressed = latents.permute(0, 2, 1, 3, 4)  # [1, C, f, h, w]
+    decoding = decoding_cost(
+        script, json.dumps(dict(vae_config), sort_keys=True), tuple(compressed.shape), dtype,
+        args.enable_slicing, args.enable_tiling, is_small,
+    )
     denoising = cost.peak + training.parts["optimizer"]
     cost.peak = max(denoising, decoding.peak + held)
     for name in ("traffic", "matrix_traffic", "copied", "flop"):
         setattr(cost, name, args.num_inference_steps * getattr(cost, name) + getattr(decoding, name))
     cost.parts = {"denoising": denoising, "decoding": decoding.peak + held}
+    return cost
+
+
+def held_out_cost(
+    script: ModuleType, args: Namespace, vae_config: dict, transformer: torch.nn.Module, training: Cost, shape: tuple
+) -> Cost:
+    """Of the loss of a held-out clip of latents of `shape` (f, h, w), at one noise level: a forward pass alone, and
+    one clip at a time."""
+    config = transformer.config
+    new = functools.partial(torch.zeros, dtype=transformer.dtype, device="meta")
+    channels, (frames, height, width) = 2 * vae_config["latent_channels"], shape
+    batch = {"moments": new(1, channels, frames, height, width), "image_moments": new(1, channels, 1, height, width)}
+    batch["prompt_embeds"] = new(1, config.max_text_seq_length, config.text_embed_dim)
+    scheduler = CogVideoXDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    args = Namespace(**vars(args) | {"noised_image_dropout": 0})
+
+    def loss():
+        latents, conditions = script.prepare_batch(batch, config, vae_config, args)
+        return script.diffusion_loss(transformer, scheduler, latents, conditions)
+
+    cost = count(script, [transformer.eval()], loss)
+    cost.peak += training.parts["optimizer"]
     return cost
 
 
@@ -372,11 +489,14 @@ def prompt_cost(script: ModuleType, configs: dict, dtype: torch.dtype, is_on_hos
         for block in text_encoder.encoder.block:
             block.layer[-1].DenseReluDense.wo.float()
     tokens = torch.zeros(1, configs["transformer"]["max_text_seq_length"], dtype=torch.int64, device="meta")
+    loaded = sum(parameter.nbytes for parameter in text_encoder.parameters())
     models = [text_encoder]
     if is_on_host:
         script.place_text_encoder(text_encoder, torch.device("meta"))
         models = [text_encoder.encoder.block, text_encoder.encoder.final_layer_norm]
-    return count(script, models, lambda: text_encoder(tokens))
+    cost = count(script, models, lambda: text_encoder(tokens))
+    cost.loaded = loaded
+    return cost
 
 
 def encoding_costs(
@@ -398,19 +518,27 @@ def encoding_costs(
 def training_costs(
     script: ModuleType, args: Namespace, configs: dict, shape: tuple, dtype: torch.dtype, limit: float
 ) -> tuple[dict[str, Cost], int]:
-    """Of a training step on clips of latents of `shape` (f, h, w), and of sampling a video where the run does; and the
-    number of trained parameters."""
+    """Of a training step on clips of latents of `shape` (f, h, w), and of sampling a video and of the loss of a
+    held-out clip where the run does that; and the number of trained parameters."""
     cost, transformer = training_cost(script, args, configs["transformer"], configs["vae"], shape, dtype)
-    costs = {"a training step": cost}
-    if args.validation_prompt:
-        vae = new_vae(args, configs["vae"], dtype)
-        costs["sampling a video"] = sampling_cost(script, args, vae, transformer, cost, limit)
+    costs = {TRAINING: cost}
+    if args.validation_prompt and args.num_validation_videos:
+        costs[SAMPLING] = sampling_cost(script, args, configs["vae"], transformer, cost, limit)
+    if args.eval_split:
+        costs[HELD_OUT] = held_out_cost(script, args, configs["vae"], transformer, cost, shape)
     return costs, sum(parameter.numel() for parameter in script.lora_parameters(transformer).values())
 
 
-def what_fits(script: ModuleType, args: Namespace, costs_of: Callable, limit: float) -> str:
-    """Say which flags, the cheapest first, make each of the costs of `costs_of(args)` at most `limit`. Where there is
-    room, attention is kept, which leaves less to compute."""
+def fits(costs: dict[str, Cost], limit: float) -> bool:
+    return all(cost.peak <= limit for cost in costs.values())
+
+
+def what_fits(
+    script: ModuleType, args: Namespace, costs_of: Callable, limit: float
+) -> tuple[Namespace, dict[str, Cost]]:
+    """Return `args` with the flags, the cheapest first, that make each of the costs of `costs_of(args)` at most
+    `limit`, and these costs. Where there is room, attention is kept, which leaves less to compute. If no flags are
+    enough, the costs are those with all flags that help."""
     changed, costs = args, costs_of(args)
     for name, value in script.memory_flags(args):
         needed = {"gradient_checkpointing": True} if name in ("offload_base", "offload_activations") else {}
@@ -422,27 +550,171 @@ def what_fits(script: ModuleType, args: Namespace, costs_of: Callable, limit: fl
         less = costs_of(tried)
         if any(less[stage].peak < cost.peak for stage, cost in costs.items() if cost.peak > limit):
             changed, costs = tried, less
-        if all(cost.peak <= limit for cost in costs.values()):
+        if fits(costs, limit):
             break
-    is_enough = all(cost.peak <= limit for cost in costs.values())
-    if is_enough and changed.gradient_checkpointing:
+    if fits(costs, limit) and changed.gradient_checkpointing:
         faster = Namespace(**vars(changed) | {"checkpoint_policy": "attention"})
         more = costs_of(faster)
-        if all(cost.peak <= limit for cost in more.values()):
+        if fits(more, limit):
             changed, costs = faster, more
+    return changed, costs
+
+
+def flag_words(args: Namespace, changed: Namespace) -> str:
+    """Return the flags of `changed` that differ from `args`, as they are typed."""
     given = {name: value for name, value in vars(changed).items() if value != getattr(args, name)}
-    words = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in given.items())
-    peaks = ", ".join(f"{stage} {cost.peak / GIB:.1f} GiB" for stage, cost in costs.items())
-    if not is_enough:
-        return f"No flags make it fit; with {words}: {peaks}. Take fewer or smaller frames."
-    pinned = costs["a training step"].pinned
-    memory = f"; {pinned / GIB:.1f} GiB of pinned host memory for each process" if pinned else ""
-    return f"What fits: {words} ({peaks}{memory})"
+    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in given.items())
 
 
-def plan(script: ModuleType, args: Namespace, num_processes: int = 1, gpu: str | None = None) -> dict:
+def advice(args: Namespace, changed: Namespace, costs: dict[str, Cost], limit: float) -> str:
+    """Return what is said of the flags that `what_fits` found."""
+    words = flag_words(args, changed)
+    lines = [f"What fits: {words}"]
+    if not fits(costs, limit):
+        lines = ["No flags make it fit. Take fewer or smaller frames.", f"The least is with {words}"]
+    lines += [f"  {stage}: {cost.peak / GIB:.1f} GiB" for stage, cost in costs.items()]
+    if pinned := costs[TRAINING].pinned:
+        lines.append(f"  {pinned / GIB:.1f} GiB of pinned host memory for each process")
+    return "\n".join(lines)
+
+
+def what_is_faster(args: Namespace, costs_of: Callable, limit: float, gpu: str) -> list[dict]:
+    """Return what a step of a run that fits would take if less were recomputed: with attention kept, and without any
+    recomputation, which --offload_base and --offload_activations need."""
+    if not args.gradient_checkpointing:
+        return []
+    changes = {}
+    if args.checkpoint_policy == "full":
+        changes["--checkpoint_policy attention"] = {"checkpoint_policy": "attention"}
+    nothing = {"gradient_checkpointing": False, "checkpoint_policy": "full"}
+    nothing |= {"offload_base": False, "offload_activations": False}
+    left_out = [f"--{name}" for name, value in nothing.items() if getattr(args, name) != value]
+    changes[f"without {' '.join(left_out)}"] = nothing
+    cost = costs_of(args)[TRAINING]
+    found = []
+    for words, change in changes.items():
+        tried = costs_of(Namespace(**vars(args) | change))
+        less = tried[TRAINING]
+        row = {"flags": words, "fits": fits(tried, limit), "peak": max(each.peak for each in tried.values())}
+        row["flop saved"] = cost.flop - less.flop
+        if gpu in GPUS:
+            row["seconds saved"] = cost.seconds(gpu) - less.seconds(gpu)
+        found.append(row)
+    return found
+
+
+def schedule(script: ModuleType, args: Namespace, shapes: list, num_prompts: int, num_processes: int) -> dict:
+    """Return how often the process that has the most to do does each stage: `times`, and `amounts`, where a smaller
+    clip or batch counts for less than one. `shapes` are those of the clips' latents, (f, h, w), and `num_prompts` the
+    number of prompts that are encoded."""
+    trained = dict(list(enumerate(shapes))[args.eval_split :])  # which ones are held out is drawn by the seed
+    sampler = script.ShapeBatchSampler(
+        trained, args.train_batch_size, 0, args.random_flip, num_processes=num_processes
+    )
+    steps_an_epoch = math.ceil(len(sampler) / args.gradient_accumulation_steps)
+    steps = args.num_train_epochs * steps_an_epoch if args.max_train_steps is None else args.max_train_steps
+    sizes = [math.prod(shape) for shape in shapes]
+    batches = [sum(sizes[index] for index, *_ in batch) for batch in sampler.all_batches()]
+    # Those of all processes at the same time: they wait for the largest one.
+    epoch = sum(max(batches[start : start + num_processes]) for start in range(0, len(batches), num_processes))
+    flips = 2 if args.random_flip else 1
+    clips = max(sum(sizes[first::num_processes]) for first in range(num_processes))
+    validations = budget.num_validations(args, steps, steps_an_epoch)
+    validation_prompts = len(script.validation_inputs(args))
+    times = {
+        "encoding a prompt": budget.share(num_prompts, num_processes),
+        "encoding a clip": flips * budget.share(len(shapes), num_processes),
+        TRAINING: budget.num_micro_batches(args, steps, len(sampler)),
+        SAMPLING: validations * budget.samples_a_validation(args, validation_prompts, num_processes),
+        HELD_OUT: validations * budget.share(args.eval_split, num_processes) * budget.NUM_NOISE_LEVELS,
+    }
+    amounts = times | {"encoding a clip": flips * clips / max(sizes)}
+    amounts[TRAINING] = times[TRAINING] * epoch / (len(sampler) * args.train_batch_size * max(sizes))
+    return {
+        "steps": steps, "steps an epoch": steps_an_epoch, "validations": validations,
+        "samples": validations * validation_prompts * args.num_validation_videos, "times": times, "amounts": amounts,
+    }  # fmt: skip
+
+
+def of_the_run(costs: dict[str, Cost], amounts: dict[str, float], price: float | None, num_processes: int) -> dict:
+    """Return the seconds of each stage of the whole run on each card, and with a price of a GPU hour what they cost.
+    A price is that of all processes."""
+    found = {"run": {}}
+    for name in GPUS:
+        seconds = {STAGES[stage]: amounts[stage] * cost.seconds(name) for stage, cost in costs.items()}
+        found["run"][name] = seconds | {"total": sum(seconds.values())}
+    if price is not None:
+        hourly = price * num_processes
+        found["price"] = {
+            name: {stage: hourly * each / 3600 for stage, each in run.items()} for name, run in found["run"].items()
+        }
+    return found
+
+
+def less_sampling(args: Namespace, run: dict[str, float], validations: int) -> list[str]:
+    """Return which flag makes the samples take less of the time, where they take more than a fifth of it. `run` has
+    the seconds of the stages."""
+    part = run.get("samples", 0) / run["total"] if run["total"] else 0
+    if part <= 0.2:
+        return []
+    if validations > 2:
+        name = "validation_steps" if args.validation_steps else "validation_epochs"
+        flag = f"a larger --{name} than {getattr(args, name)}"
+    elif args.num_validation_videos > 1:
+        flag = f"a smaller --num_validation_videos than {args.num_validation_videos}"
+    else:
+        flag = f"a smaller --num_inference_steps than {args.num_inference_steps}, or fewer prompts"
+    return [f"Samples take {part:.0%} of the time: {flag} lowers it."]
+
+
+def notes_on(gpu: str, dtype: torch.dtype) -> list[str]:
+    """Return what a reader must know of the numbers for this card."""
+    notes = []
+    if gpu not in GPUS:
+        shown = f"Of a card of {gpu} GB, {card_of(gpu).memory:.1f} GiB are taken to be usable (a tenth less with ECC)."
+        notes.append(f"{shown} Its speed is not known: for times, give --gpu a name.")
+    elif GPUS[gpu].is_turing:
+        notes.append(f"torch has no flash attention for the {gpu}: it takes longer than is said here.")
+        if dtype == torch.bfloat16:
+            notes.append(f"The {gpu} has no bf16: it is emulated, and far slower. Take --mixed_precision fp16.")
+    if gpu in GPUS and dtype == torch.float32:
+        notes.append("In fp32 a run takes far longer: all times are those of half precision.")
+    return notes
+
+
+def host_memory(costs: dict[str, Cost]) -> dict[str, int]:
+    """Return the bytes of host memory that a process needs for weights and for what waits there. Each encoder is freed
+    before the transformer is loaded."""
+    found = {
+        "text encoder": costs["encoding a prompt"].loaded, "transformer, while it is loaded": costs[TRAINING].loaded,
+        "pinned": costs[TRAINING].pinned,
+    }  # fmt: skip
+    return found | {"most": max(found.values())}
+
+
+def on_the_disk(args: Namespace, timetable: dict, num_prompts: int, num_parameters: int, encoded: int) -> dict:
+    """Return the bytes on the disk by kind, at most, and how many files of each kind are kept. `num_prompts` are those
+    of the validation, and `encoded` the bytes of encoded clips and prompts."""
+    steps = timetable["steps"]
+    kept = {
+        "checkpoints": budget.checkpoints(args, steps, num_parameters, state_bytes(args, num_parameters)),
+        "LoRAs": budget.loras(args, steps, timetable["validations"], num_prompts, num_parameters),
+    }
+    disk = {"encoded clips and prompts": encoded} | {kind: files.size for kind, files in kept.items()}
+    return {
+        "disk for encoded clips": encoded,
+        "disk": disk | {"total": sum(disk.values())},
+        "kept": {kind: files._asdict() for kind, files in kept.items()},
+    }
+
+
+def plan(
+    script: ModuleType, args: Namespace, num_processes: int = 1, gpu: str | None = None, price: float | None = None
+) -> dict:
     """All that is printed, by name. Raises the script's RunError for flags, data or a model that cannot work."""
     transformer_config, vae_config, dataset = open_run(script, args)
+    if args.eval_split >= len(dataset):
+        raise script.RunError(f"--eval_split {args.eval_split} leaves nothing of {len(dataset)} clips to train on")
     configs = {"transformer": transformer_config, "vae": vae_config}
     configs["text_encoder"] = script.read_config(args, "text_encoder")[0]
     dtype = script.DTYPES[args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")]
@@ -453,71 +725,186 @@ def plan(script: ModuleType, args: Namespace, num_processes: int = 1, gpu: str |
     has_image, flips = transformer_config["in_channels"] > channels // 2, 2 if args.random_flip else 1
     sizes = [channels * flips * (f + has_image) * h * w * dtype.itemsize for f, h, w in shapes]
     prompt = transformer_config["max_text_seq_length"] * transformer_config["text_embed_dim"] * dtype.itemsize
-    trained = dict(list(enumerate(shapes))[args.eval_split :])  # which ones are held out is drawn by the seed
-    sampler = script.ShapeBatchSampler(
-        trained, args.train_batch_size, 0, args.random_flip, num_processes=num_processes
-    )
-    steps_an_epoch = math.ceil(len(sampler) / args.gradient_accumulation_steps)
-    limit = GPUS[gpu][0] - CUDA_CONTEXT if gpu else math.inf
+    validation_prompts = [sampled_from["prompt"] for sampled_from in script.validation_inputs(args)]
+    prompts = {dataset.prompt(index) for index in range(len(dataset))} | {*validation_prompts, ""}
+
+    def schedule_of(tried: Namespace) -> dict:
+        return schedule(script, tried, shapes, len(prompts), num_processes)
+
+    limit = card_of(gpu).limit * GIB if gpu else math.inf
     largest = max(shapes, key=math.prod)
-    costs = encoding_costs(script, args, configs, largest, dtype, limit * GIB)
-    trained_costs, num_parameters = training_costs(script, args, configs, largest, dtype, limit * GIB)
-    costs |= trained_costs
+    encoding = encoding_costs(script, args, configs, largest, dtype, limit)
+    training, num_parameters = training_costs(script, args, configs, largest, dtype, limit)
+    costs = encoding | training
+    timetable = schedule_of(args)
+    encoded = sum(sizes) + prompt * len(prompts)
     found = {
         "clips": {f"{4 * f - 3} x {scale * h} x {scale * w}": n for (f, h, w), n in sorted(Counter(shapes).items())},
-        "steps an epoch": steps_an_epoch,
-        "steps": args.max_train_steps or args.num_train_epochs * steps_an_epoch,
+        **timetable,
         "trained parameters": num_parameters,
-        "pinned host memory": trained_costs["a training step"].pinned,
-        "disk for encoded clips": sum(sizes) + prompt * len({dataset.prompt(i) for i in range(len(dataset))} | {""}),
+        "processes": num_processes,
+        "pinned host memory": training[TRAINING].pinned,
+        "host memory": host_memory(costs),
+        **on_the_disk(args, timetable, len(validation_prompts), num_parameters, encoded),
         "stages": {stage: dataclasses.asdict(cost) for stage, cost in costs.items()},
         "seconds": {name: {stage: cost.seconds(name) for stage, cost in costs.items()} for name in GPUS},
+        **of_the_run(costs, timetable["amounts"], price, num_processes),
     }
-    if gpu:
-        found["fit"] = {stage: cost.peak / GIB <= limit for stage, cost in costs.items()}
-        if not all(found["fit"][stage] for stage in trained_costs):
+    if gpu is None:
+        return found
+    counted = {str(vars(args)): training}  # by the flags, since the same ones may be tried twice
 
-            def costs_of(tried: Namespace) -> dict[str, Cost]:
-                if tried is args:
-                    return trained_costs  # counted above
-                return training_costs(script, tried, configs, largest, dtype, limit * GIB)[0]
+    def costs_of(tried: Namespace) -> dict[str, Cost]:
+        key = str(vars(tried))
+        if key not in counted:
+            counted[key] = training_costs(script, tried, configs, largest, dtype, limit)[0]
+        return counted[key]
 
-            found["advice"] = what_fits(script, args, costs_of, limit * GIB)
+    found["notes"] = notes_on(gpu, dtype)
+    found["fit"] = {stage: cost.peak <= limit for stage, cost in costs.items()}
+    advised = args
+    if fits(training, limit):
+        found["faster"] = what_is_faster(args, costs_of, limit, gpu)
+    else:
+        changed, less = what_fits(script, args, costs_of, limit)
+        found["advice"] = advice(args, changed, less, limit)
+        if fits(less, limit):
+            advised = changed
+            less = encoding | less
+            found["advised"] = {
+                "flags": flag_words(args, changed),
+                **schedule_of(changed),
+                "host memory": host_memory(less),
+                "stages": {stage: dataclasses.asdict(cost) for stage, cost in less.items()},
+                **of_the_run(less, schedule_of(changed)["amounts"], price, num_processes),
+            }
+    if gpu in GPUS:
+        of_run = found.get("advised", found)
+        found["notes"] += less_sampling(advised, of_run["run"][gpu], of_run["validations"])
     return found
+
+
+def table(rows: list[list[str]]) -> list[str]:
+    """Return the rows as lines, in columns. The first column is set to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return lines
+
+
+def gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size < GIB else f"{size / GIB:.1f} GiB"
+
+
+def report_needs(found: dict) -> list[str]:
+    """Return the lines on clips, steps, disk and host memory."""
+    clips = ", ".join(f"{number} of {size}" for size, number in found["clips"].items())
+    lines = [f"clips      {clips}", f"steps      {found['steps']} ({found['steps an epoch']} an epoch)"]
+    lines.append(f"LoRA       {found['trained parameters']:,} parameters")
+    if found["samples"]:
+        lines.append(f"samples    {found['samples']} videos, of {found['validations']} validations")
+    disk, kept = found["disk"], found["kept"]
+    lines.append(f"disk       {gib(disk['total'])} in all, without the model, videos and logs")
+    lines.append(f"           {gib(disk['encoded clips and prompts'])} for encoded clips and prompts")
+    for kind, files in kept.items():
+        most = f", {files['most']} while one is written" if files["most"] > files["number"] else ""
+        lines.append(f"           {gib(disk[kind])} for {kind}: {files['number']} are kept{most}")
+    host = found.get("advised", found)["host memory"]
+    lines.append(f"host       {gib(host['most'])} of memory for each process, the largest of these:")
+    lines.append(f"           {gib(host['text encoder'])} for T5's weights, while prompts are encoded")
+    if loaded := host["transformer, while it is loaded"]:
+        lines.append(f"           {gib(loaded)} for the transformer's weights, while they are loaded")
+    if host["pinned"]:
+        lines.append(f"           {gib(host['pinned'])} of pinned memory, while it trains")
+    lines.append("           not counted: Python, torch and CUDA, clips that are being decoded, the page cache")
+    return lines
+
+
+def report_stages(found: dict, gpu: str | None) -> list[str]:
+    """Return the table of what each stage takes once, and whether that fits."""
+    rows = [["once", "peak, GiB", "TFLOP", "GiB moved", *([f"seconds on {gpu}"] if gpu in GPUS else [])]]
+    for stage, cost in found["stages"].items():
+        peak = f"{cost['peak'] / GIB:.1f}"
+        rows.append([stage, peak, f"{cost['flop'] / 1e12:,.1f}", f"{cost['traffic'] / GIB:,.0f}"])
+        if gpu in GPUS:
+            rows[-1].append(f"{found['seconds'][gpu][stage]:,.1f}")
+    lines = ["", *table(rows), ""]
+    lines.append("The peaks are made of, in GiB:")
+    for stage, cost in found["stages"].items():
+        lines.append(f"  {stage}: " + ", ".join(f"{part} {size / GIB:.1f}" for part, size in cost["parts"].items()))
+    if gpu:
+        lines.append("")
+    for stage, is_enough in found.get("fit", {}).items():
+        verdict = "fits" if is_enough else "does not fit"
+        lines.append(f"{stage}: {verdict} ({gpu}, {card_of(gpu).memory:.1f} GiB)")
+    if "advice" in found:
+        lines.append(found["advice"])
+    for row in found.get("faster", []):
+        saved = f"{row['flop saved'] / 1e12:,.1f} TFLOP"
+        if "seconds saved" in row:
+            saved += f" and {row['seconds saved']:,.1f} seconds"
+        if row["fits"]:
+            lines.append(f"Faster: {row['flags']} fits ({row['peak'] / GIB:.1f} GiB), and saves {saved} a step")
+        else:
+            lines.append(f"Not faster here: {row['flags']} would take {row['peak'] / GIB:.1f} GiB")
+    return lines
+
+
+def report_run(found: dict, gpu: str) -> list[str]:
+    """Return the table of what the whole run takes on this card: with the advised flags, if it needs some."""
+    of_run = found.get("advised", found)
+    seconds, prices = of_run["run"][gpu], of_run.get("price", {}).get(gpu)
+    cards = f"{found['processes']} x {gpu}" if found["processes"] > 1 else gpu
+    flags = f" with {of_run['flags']}" if "advised" in found else ""
+    rows = [["stage", "times", "each", "time", "part", *(["price"] if prices else [])]]
+    for stage, label in STAGES.items():
+        if label in seconds:
+            times = of_run["times"][stage]
+            each = budget.duration(seconds[label] / times) if times else ""
+            part = f"{seconds[label] / seconds['total']:.0%}" if seconds["total"] else ""
+            rows.append([label, f"{times:,}", each, budget.duration(seconds[label]), part])
+    rows.append(["total", "", "", budget.duration(seconds["total"]), ""])
+    if prices:
+        rows = [rows[0]] + [[*row, f"{prices[row[0]]:,.2f}"] for row in rows[1:]]
+    return ["", f"The whole run on {cards}{flags}, estimated:", *table(rows)]
+
+
+def report_cards(found: dict) -> list[str]:
+    """Return the table of what the whole run takes on each card."""
+    stages = list(next(iter(found["run"].values())))
+    rows = [["", *stages, *(["price"] if "price" in found else [])]]
+    for name, seconds in found["run"].items():
+        rows.append([name, *(budget.duration(seconds[stage]) for stage in stages)])
+        if "price" in found:
+            rows[-1].append(f"{found['price'][name]['total']:,.2f}")
+    return ["", "The whole run on each card, estimated. Whether it fits is said with --gpu:", *table(rows)]
 
 
 def report(found: dict, gpu: str | None) -> str:
     """What `plan` found, for people."""
-    clips = ", ".join(f"{number} of {size}" for size, number in found["clips"].items())
-    lines = [f"clips      {clips}", f"steps      {found['steps']} ({found['steps an epoch']} an epoch)"]
-    lines.append(f"LoRA       {found['trained parameters']:,} parameters")
-    lines.append(f"disk       {found['disk for encoded clips'] / GIB:.2f} GiB for encoded clips and prompts")
-    if found["pinned host memory"]:
-        lines.append(f"host       {found['pinned host memory'] / GIB:.1f} GiB of pinned memory for each process")
-    shown = [gpu] if gpu else list(GPUS)
-    lines.append(f"\n{'':19}{'peak, GiB':>10}{'TFLOP':>9}{'GiB moved':>11}   seconds on {', '.join(shown)}")
-    for stage, cost in found["stages"].items():
-        seconds = ", ".join(f"{found['seconds'][name][stage]:.1f}" for name in shown)
-        numbers = f"{cost['peak'] / GIB:10.1f}{cost['flop'] / 1e12:9.1f}{cost['traffic'] / GIB:11.0f}"
-        lines.append(f"{stage:19}{numbers}   {seconds}")
-        lines.append(f"{'':4}" + ", ".join(f"{part} {size / GIB:.1f}" for part, size in cost["parts"].items()))
-    for stage, is_enough in found.get("fit", {}).items():
-        verdict = "fits" if is_enough else "does not fit"
-        lines.append(f"{stage}: {verdict} ({gpu}, {GPUS[gpu][0]} GiB)")
-    return "\n".join(lines + ([found["advice"]] if "advice" in found else []))
+    lines = report_needs(found) + report_stages(found, gpu)
+    if gpu is None:
+        lines += report_cards(found)
+    elif gpu in GPUS:
+        lines += report_run(found, gpu)
+    return "\n".join(lines + found.get("notes", []))
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", type=Path, help="the script of the run; its flags follow")
-    parser.add_argument("--gpu", choices=list(GPUS), help="say what fits, and which flags make it fit")
-    parser.add_argument("--num_processes", type=int, default=1)
-    parser.add_argument("--json", action="store_true")
+    cards = "a card by its name, or by its GB; say what fits, and which flags make it fit"
+    parser.add_argument("--gpu", type=gpu_name, metavar="X", help=f"{cards}: {', '.join(GPUS)}")
+    parser.add_argument("--price", type=float, metavar="N", help="what an hour of a GPU costs, in any currency")
+    parser.add_argument("--num_processes", type=int, default=1, help="GPUs, each with a process of its own")
+    parser.add_argument("--json", action="store_true", help="print all of it as JSON")
     own, flags = parser.parse_known_args(argv)
     script = load_script(own.script)
     args = script.get_args(flags)
     with ending_as(script, "plan.py"):
-        found = plan(script, args, own.num_processes, own.gpu)
+        found = plan(script, args, own.num_processes, own.gpu, own.price)
     print(json.dumps(found) if own.json else report(found, own.gpu))
 
 
