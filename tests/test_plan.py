@@ -394,19 +394,22 @@ def test_loras_are_counted_where_the_run_validates(script, flags):
     assert kept["steps"].size == 5 * 4000 and kept["limited"].size == 3 * 4000  # one more while it is written
 
 
+@BOTH
 def test_time_and_price_are_those_of_all_stages_and_processes(script, flags, capsys):
-    settings = {"train_batch_size": 1, "random_flip": True}
+    settings = {"train_batch_size": 1, "random_flip": True, "eval_split": 1}
     settings |= {"validation_prompt": "a:::b:::c", "num_validation_videos": 2}
     found = planned(script, [*flags(**settings), "--num_processes", "2", "--price", "0.5"], capsys)
     # Three prompts for two processes, 4 clips both ways, 4 captions, 3 prompts and the empty one.
     assert found["times"] == {
-        "encoding a prompt": 4, "encoding a clip": 4, plan.TRAINING: 2, plan.SAMPLING: 2 * 2 * 2, plan.HELD_OUT: 0
+        "encoding a prompt": 4, "encoding a clip": 4, plan.TRAINING: 2, plan.SAMPLING: 2 * 2 * 2, plan.HELD_OUT: 20
     }  # fmt: skip
     assert found["samples"] == 2 * 3 * 2
     for gpu, run in found["run"].items():
         seconds = found["seconds"][gpu]
         assert run["samples"] == pytest.approx(8 * seconds[plan.SAMPLING])
         assert run["training"] == pytest.approx(2 * seconds[plan.TRAINING])
+        assert run["held-out losses"] == pytest.approx(20 * seconds[plan.HELD_OUT])
+        assert 0 < 2 * seconds[plan.HELD_OUT] < seconds[plan.TRAINING]  # no backward pass
         assert run["total"] == pytest.approx(sum(run.values()) / 2)
         for stage, price in found["price"][gpu].items():
             assert price == pytest.approx(0.5 * 2 * run[stage] / 3600)
@@ -547,6 +550,13 @@ def test_no_warning_of_bitsandbytes():
     silenced = 'logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)'
     assert source.index(silenced) < source.index("import bitsandbytes")
     assert logging.getLogger("bitsandbytes.backends.cpu.ops").level == logging.ERROR
+
+
+@pytest.mark.parametrize("wrong", [["--num_processes", "0"], ["--price", "-1"], ["--gpu", "9999"]])
+def test_wrong_flags_of_the_tool_are_said(script, wrong, capsys):
+    with pytest.raises(SystemExit) as error:
+        plan.main([f"{script.__name__}.py", *wrong])
+    assert error.value.code == 2 and wrong[0] in capsys.readouterr().err
 
 
 def test_no_clip_left_to_train_on_is_said(script, flags, capsys):

@@ -418,12 +418,13 @@ def decoding_cost(
 
 
 def sampling_cost(
-    script: ModuleType, args: Namespace, vae_config: dict, transformer: torch.nn.Module, training: Cost, limit: float
+    script: ModuleType, args: Namespace, vae_config: dict, transformer: torch.nn.Module, training: Cost,
+    dtype: torch.dtype, limit: float,
 ) -> Cost:
     """Of a validation video: --num_inference_steps calls of the transformer, with and without the prompt
     (classifier-free guidance), and the decoding. The base and the optimizer's state stay on the device. Where that
     is too much for `limit` bytes, the script decodes in tiles."""
-    config, scale, dtype = transformer.config, script.pixels_per_latent(vae_config), transformer.dtype
+    config, scale = transformer.config, script.pixels_per_latent(vae_config)
     new = functools.partial(torch.zeros, dtype=dtype, device="meta")
     frames = latent_frames(script.frames_4k_plus_1(args.max_num_frames))
     moments = new(1, 2 * vae_config["latent_channels"], frames, args.height // scale, args.width // scale)
@@ -455,12 +456,13 @@ def sampling_cost(
 
 
 def held_out_cost(
-    script: ModuleType, args: Namespace, vae_config: dict, transformer: torch.nn.Module, training: Cost, shape: tuple
+    script: ModuleType, args: Namespace, vae_config: dict, transformer: torch.nn.Module, training: Cost,
+    dtype: torch.dtype, shape: tuple,
 ) -> Cost:
     """Of the loss of a held-out clip of latents of `shape` (f, h, w), at one noise level: a forward pass alone, and
     one clip at a time."""
     config = transformer.config
-    new = functools.partial(torch.zeros, dtype=transformer.dtype, device="meta")
+    new = functools.partial(torch.zeros, dtype=dtype, device="meta")
     channels, (frames, height, width) = 2 * vae_config["latent_channels"], shape
     batch = {"moments": new(1, channels, frames, height, width), "image_moments": new(1, channels, 1, height, width)}
     batch["prompt_embeds"] = new(1, config.max_text_seq_length, config.text_embed_dim)
@@ -523,9 +525,9 @@ def training_costs(
     cost, transformer = training_cost(script, args, configs["transformer"], configs["vae"], shape, dtype)
     costs = {TRAINING: cost}
     if args.validation_prompt and args.num_validation_videos:
-        costs[SAMPLING] = sampling_cost(script, args, configs["vae"], transformer, cost, limit)
+        costs[SAMPLING] = sampling_cost(script, args, configs["vae"], transformer, cost, dtype, limit)
     if args.eval_split:
-        costs[HELD_OUT] = held_out_cost(script, args, configs["vae"], transformer, cost, shape)
+        costs[HELD_OUT] = held_out_cost(script, args, configs["vae"], transformer, cost, dtype, shape)
     return costs, sum(parameter.numel() for parameter in script.lora_parameters(transformer).values())
 
 
@@ -770,6 +772,8 @@ def plan(
         found["advice"] = advice(args, changed, less, limit)
         if fits(less, limit):
             advised = changed
+            if changed.offload_base != args.offload_base:  # the encoders are counted in another way then, too
+                encoding = encoding_costs(script, changed, configs, largest, dtype, limit)
             less = encoding | less
             found["advised"] = {
                 "flags": flag_words(args, changed),
@@ -901,6 +905,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num_processes", type=int, default=1, help="GPUs, each with a process of its own")
     parser.add_argument("--json", action="store_true", help="print all of it as JSON")
     own, flags = parser.parse_known_args(argv)
+    if own.num_processes < 1 or (own.price is not None and own.price < 0):
+        parser.error("--num_processes must be 1 or more, and --price not less than 0")
     script = load_script(own.script)
     args = script.get_args(flags)
     with ending_as(script, "plan.py"):
