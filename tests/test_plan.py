@@ -536,9 +536,11 @@ def test_remembered_operations_count_as_those_that_run(script, flags, monkeypatc
     assert costs[0] == costs[1] == costs[2] and plan.CostCounter.remembered
 
 
-def test_the_layout_of_numbers_tells_their_kinds_apart():
+def test_layouts_tell_kinds_of_numbers_and_orders_of_dimensions_apart():
     layouts = {plan.layout((value,)) for value in (1, 1.0, True)}
     assert len(layouts) == 3
+    square = torch.zeros(2, 2, device="meta")
+    assert plan.layout(square) != plan.layout(square.t()) != plan.layout(square.t().half())
     for tensor in (torch.zeros(2), torch.zeros((), device="meta")):
         with pytest.raises(TypeError):
             plan.layout([tensor])

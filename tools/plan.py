@@ -47,7 +47,7 @@ from cards import CUDA_CONTEXT, GPUS, card_of, gpu_name  # noqa: E402
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXTransformer3DModel  # noqa: E402
 from diffusers.quantizers.bitsandbytes.utils import replace_with_bnb_linear  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: E402
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten  # noqa: E402
 from torch.utils.flop_counter import flop_registry  # noqa: E402
 from training_script import ending_as, load_script, open_run  # noqa: E402
 from transformers import T5Config, T5EncoderModel  # noqa: E402
@@ -357,19 +357,23 @@ def once_a_shape(function: Callable, counter: CostCounter) -> Callable:
     seen, sums = {}, ("traffic", "casts", "matrix_traffic", "flop")
 
     def remembered(*args, **kwargs):
-        key = str(tree_map_only(torch.Tensor, lambda tensor: tuple(tensor.shape), (args, kwargs)))
+        key = tuple(leaf.shape if isinstance(leaf, torch.Tensor) else leaf for leaf in tree_leaves((args, kwargs)))
         cost, live = counter.cost, counter.live
         before = dataclasses.replace(cost)
         if key not in seen:
             cost.peak = live
             result = function(*args, **kwargs)
-            shapes = tree_map_only(torch.Tensor, as_like, result)
-            seen[key] = shapes, cost.peak - live, [getattr(cost, name) - getattr(before, name) for name in sums]
+            leaves, structure = tree_flatten(result)
+            shapes = [as_like(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+            amounts = [getattr(cost, name) - getattr(before, name) for name in sums]
+            seen[key] = shapes, structure, cost.peak - live, amounts
         else:
-            result = tree_map_only(Like, from_like, seen[key][0])
-            for name, more in zip(sums, seen[key][2], strict=True):
+            shapes, structure, _, amounts = seen[key]
+            leaves = [from_like(shape) if isinstance(shape, Like) else shape for shape in shapes]
+            result = tree_unflatten(leaves, structure)
+            for name, more in zip(sums, amounts, strict=True):
                 setattr(cost, name, getattr(cost, name) + more)
-        cost.peak = max(before.peak, live + seen[key][1])
+        cost.peak = max(before.peak, live + seen[key][2])
         return result
 
     return remembered
@@ -673,8 +677,9 @@ def notes_on(gpu: str, dtype: torch.dtype) -> list[str]:
     """Return what a reader must know of the numbers for this card."""
     notes = []
     if gpu not in GPUS:
-        shown = f"Of a card of {gpu} GB, {card_of(gpu).memory:.1f} GiB are taken to be usable (a tenth less with ECC)."
-        notes.append(f"{shown} Its speed is not known: for times, give --gpu a name.")
+        usable = f"{card_of(gpu).memory:.1f} GiB"
+        notes.append(f"Of {gpu} GB, {usable} are taken to be usable. A card with ECC has less: give its name.")
+        notes.append("Its speed is not known: for times and prices, give --gpu a name.")
     elif GPUS[gpu].is_turing:
         notes.append(f"torch has no flash attention for the {gpu}: it takes longer than is said here.")
         if dtype == torch.bfloat16:
