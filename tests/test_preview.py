@@ -1,5 +1,5 @@
-"""The page of tools/preview_data.py: each warning is on the clip that was made for it, and its pictures are what the
-training takes."""
+"""The page of tools/preview_data.py: each warning is on the clip or prompt that was made for it, and its pictures are
+what the training takes."""
 
 import base64
 import contextlib
@@ -13,8 +13,8 @@ import numpy as np
 import preview_data
 import pytest
 import tiny
-from conftest import BOTH, ROOT, word_list
-from PIL import Image
+from conftest import BOTH, ONLY_I2V, ROOT, word_list
+from PIL import Image, ImageOps
 from test_reader import H264, encode
 from training_script import ending_as
 from transformers import AutoTokenizer
@@ -22,27 +22,49 @@ from transformers import AutoTokenizer
 
 @dataclass
 class Card:
-    """A clip on the page."""
+    """A clip or a validation prompt on the page."""
 
-    name: str
+    name: str  # of a prompt, its number
+    is_prompt: bool
     kinds: set[str]
     warnings: list[str]
     source: str
     pictures: list[np.ndarray]  # [H, W, C]
+    moving: list[np.ndarray]  # frames of the moving picture
     frames: list[int]
 
 
-def read_page(page: Path) -> list[Card]:
+def read_picture(data: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")).astype(int)  # [H, W, C]
+
+
+def read_cards(page: Path) -> list[Card]:
     cards = []
+    picture = "data:image/webp;base64,([^\")]+)"
     for kinds, source in re.findall(r'<article data-kinds="(.*?)">(.*?)</article>', page.read_text(), re.S):
-        pictures = re.findall(r"data:image/jpeg;base64,([^\"]+)", source)
-        pictures = [np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))).astype(int) for data in pictures]
+        what, name = re.search(r"<h2><span>(.*?)</span> (.*?)</h2>", source).groups()
         cards.append(Card(
-            html.unescape(re.search(r"</span> (.*?)</h2>", source)[1]), set(kinds.split()) - {"all", "any"},
-            [html.unescape(text) for text in re.findall("<li>(.*?)</li>", source)], source, pictures,
-            [int(number) for number in re.findall(r"frame (\d+)<", source)],
+            name=html.unescape(name),
+            is_prompt=what == "validation prompt",
+            kinds=set(kinds.split()) - {"all", "any"},
+            warnings=[html.unescape(text) for text in re.findall("<li>(.*?)</li>", source)],
+            source=source,
+            pictures=[read_picture(data) for data in re.findall(f'<img alt="" src="{picture}">', source)],
+            moving=[],
+            frames=[int(number) for number in re.findall(r"frame (\d+)<", source)],
         ))  # fmt: skip
+        if moving := re.search(rf"--frames: (\d+);.*?{picture}", source):
+            cards[-1].moving = np.split(read_picture(moving[2]), int(moving[1]), axis=1)
     return cards
+
+
+def read_page(page: Path) -> list[Card]:
+    """The clips."""
+    return [card for card in read_cards(page) if not card.is_prompt]
+
+
+def read_prompts(page: Path) -> list[Card]:
+    return [card for card in read_cards(page) if card.is_prompt]
 
 
 def square(num_frames: int, height: int, width: int, color: str, way: str = "right") -> np.ndarray:
@@ -64,8 +86,12 @@ def write_set(folder: Path, clips: dict[str, tuple[str, np.ndarray | bytes]], **
 
 def preview(words: list[str], script: str = "train_cogvideox_lora") -> str:
     """What the terminal says."""
+    return preview_of(ROOT / f"{script}.py", *words)
+
+
+def preview_of(*words) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        preview_data.main([str(ROOT / f"{script}.py"), *words])
+        preview_data.main([str(word) for word in words])
     return said.getvalue()
 
 
@@ -151,6 +177,18 @@ def test_terminal_says_how_many_clips_have_each_warning(every):
     assert list(counts.items()) == [(text, number) for text, number in expected if number]
 
 
+def test_page_has_the_totals_of_the_terminal(every):
+    """13 clips of 9 frames at 8 a second are used whole, a clip of 40 frames for as long, and one frame of 3."""
+    page, said = every
+    assert "footage    15.9 s of 20.0 s are used\n" in said
+    source = page.read_text()
+    rows = dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", source))
+    assert rows == dict(re.findall(r"^(clips|footage) +(.*)$", said, re.M)) and len(rows) == 2
+    buttons = [(name, number) for name, number in re.findall(r">([^>]*) \((\d+)\)</button>", source)]
+    assert buttons[:2] == [("everything", "16"), ("with warnings", "15")]
+    assert buttons[2:] == [(name, number) for number, name in re.findall(r"warning +(\d+) (.*)", said)]
+
+
 def test_clips_at_another_speed_and_converted_ones_are_named(flags, tmp_path):
     """Of 9 frames at --fps 8, each taken: one second is taught, of clips of 24 and 2 frames a second."""
     folder = tmp_path / "clips"
@@ -224,6 +262,39 @@ def test_shown_frames_are_those_of_the_training(script, flags, tmp_path, samplin
     assert shown == pytest.approx([trained[position] for position in positions], abs=2)
     assert shown == pytest.approx([5 * frame + 30 for frame in card.frames], abs=4)
     assert f"{len(trained)} of 40 frames" in card.source
+    assert [frame.mean() for frame in card.moving] == pytest.approx(trained, abs=2)
+
+
+def test_moving_picture_plays_as_fast_as_the_model_is_taught(flags, tmp_path):
+    """Of 49 frames, it shows every second one."""
+    levels = np.arange(30, 226, 4, dtype=np.uint8)[:, None, None, None]  # frame i is grey of 4 i + 30
+    clips = write_set(tmp_path / "clips", {"0.mp4": ("a square", np.tile(levels, (1, 64, 96, 3)))}, fps=24)
+    preview(flags(instance_data_root=clips, max_num_frames=49, fps=16))
+    (card,) = read_page(tmp_path / "output" / "preview.html")
+    assert [frame.mean() for frame in card.moving] == pytest.approx(levels[::2].ravel().tolist(), abs=2.5)
+    assert "--frames: 25; --seconds: 3.062s;" in card.source  # 49 / 16
+    assert "as it is taught: 49 frames in 3.1 s (1 of 2 is shown)" in card.source
+
+
+def test_a_moving_picture_is_small_even_of_noise():
+    noise = np.random.default_rng(0).integers(0, 256, (25, 96, 144, 3), np.uint8)
+    frames = [preview_data.moving_frame(frame, (0, 0, 144, 96), (64, 96)) for frame in noise]
+    assert len(preview_data.moving_picture(frames)) <= preview_data.MOVING_BYTES
+
+
+@pytest.mark.parametrize("mode", ["center", "stretch"])
+def test_moving_picture_shows_what_is_left_of_a_frame(script, flags, tmp_path, mode):
+    frames = np.tile(ramp(128, 512)[:1], (5, 1, 1, 1))
+    frames[1::2] = 255 - frames[1::2]
+    clips = write_set(tmp_path / "clips", {"0.mp4": ("a square", frames)})
+    preview(flags(instance_data_root=clips, video_reshape_mode=mode))
+    (card,) = read_page(tmp_path / "output" / "preview.html")
+    columns = ("prompts.txt", "videos.txt")
+    dataset = script.VideoDataset(clips, None, None, *columns, 64, 96, video_reshape_mode=mode)
+    trained = (dataset[0]["instance_video"][0, 0].mean(0).numpy() + 1) * 127.5  # [W], red is the column
+    shown = card.moving[0][..., 0].mean(0)  # [w]
+    assert card.moving[0].shape[1] / card.moving[0].shape[0] == pytest.approx(1.5, rel=0.02)
+    assert shown[[2, -3]] == pytest.approx(trained[[1, -2]], abs=8)
 
 
 def test_id_token_that_stands_in_the_caption_already(flags, tmp_path):
@@ -242,6 +313,121 @@ def test_pictures_have_no_time(flags, tmp_path):
     assert [card.kinds for card in cards] == [set()] * 4 and all("a picture" in card.source for card in cards)
 
 
+def test_a_folder_alone_is_previewed(clips, monkeypatch):
+    """The folder has line files. No model is given, so nothing is said about tokens."""
+    monkeypatch.chdir(clips.parent)
+    said = preview_of("clips")
+    page = clips / "preview.html"
+    note = "captions are not checked for length, because no --pretrained_model_name_or_path was given"
+    assert "clips      4: 4 of 9 x 480 x 720\n" in said and f"note       {note}\n" in said
+    assert "page       clips/preview.html (" in said
+    assert note in page.read_text() and "tokens" not in page.read_text()
+    assert [card.name for card in read_page(page)] == [f"videos/{index:02d}.mp4" for index in range(4)]
+    assert "a red square moves right" in page.read_text()
+
+
+def test_flags_after_a_folder_are_those_of_the_script(clips, models, tmp_path):
+    for name in ("prompts.txt", "videos.txt"):
+        (clips / name).unlink()
+    (clips / "videos" / "00.txt").write_text("a red square\nmoves")
+    for path in clips.rglob("0[123].mp4"):
+        path.unlink()
+    settings = {"height": 64, "width": 96, "max_num_frames": 5, "output_dir": tmp_path / "mine"}
+    said = preview_of(clips, *word_list(settings | {"pretrained_model_name_or_path": models["t2v"]}))
+    (card,) = read_page(tmp_path / "mine" / "preview.html")
+    assert "clips      1: 1 of 5 x 64 x 96\n" in said and "note " not in said
+    assert re.search(r"<p dir=\"auto\">a red square moves <small>\d+ tokens</small>", card.source)
+    assert not (clips / "preview.html").exists()
+
+
+@pytest.mark.parametrize("case", ["empty", "no captions", "nowhere", "wrong flag", "no script", "no page"])
+def test_what_cannot_be_previewed_is_one_message(clips, tmp_path, capsys, case):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "README.md").write_text("# No script")
+    (tmp_path / "tool.py").write_text("print('not run')")
+    if case == "no captions":
+        (clips / "prompts.txt").unlink()
+        (clips / "videos.txt").unlink()
+    words, messages = {
+        "empty": (["empty"], ["empty has no file prompts.txt, and is no folder of clips", "it has no clips"]),
+        "no captions": (["clips"], ["clips has no file prompts.txt", "videos/03.mp4: it has no caption"]),
+        "nowhere": (["nowhere"], ["there is no file or folder nowhere: first give a folder"]),
+        "wrong flag": (["clips", "--heigth", "64"], ["--heigth 64 (did you mean --height?)"]),
+        "no script": (["README.md"], ["README.md is neither a folder of clips nor a training script"]),
+        "no page": (["clips", "--page", "empty"], ["--page: empty cannot be written"]),
+    }[case]
+    for first in [words[0]] if case != "no script" else ["README.md", "tool.py"]:
+        with pytest.raises(SystemExit) as ended:
+            preview_of(first, *words[1:])
+        said = capsys.readouterr()
+        assert ended.value.code == 2 and said.err.count("error:") == 1 and not said.out
+        assert all(message.replace(words[0], first) in said.err for message in messages), said.err
+    assert not list(tmp_path.rglob("preview.html"))
+
+
+CAPTIONS = [f"a {color} square of plain paint moves slowly to the right" for color in tiny.COLORS]  # 11 words
+
+
+@pytest.fixture
+def captioned(clips) -> Path:
+    (clips / "prompts.txt").write_text("\n".join(CAPTIONS))
+    return clips
+
+
+def test_validation_prompts_have_warnings(flags, captioned, tmp_path):
+    prompts = {
+        "TOK a red square of plain paint": set(),
+        "a red square of plain paint": {"prompt-trigger"},
+        "tok a red square of plain paint": {"prompt-trigger"},  # the text encoder knows it as another word
+        "TOK a square": {"prompt-length"},
+        "TOK" + " square moves" * 18: {"prompt-length"},
+        "TOK" + " square moves" * 18 + " red" * 60: {"prompt-length", "prompt-cut"},
+        "TOK é <b> red square of paint": {"prompt-unknown"},
+    }
+    said = preview(flags(instance_data_root=captioned, id_token="TOK", validation_prompt=":::".join(prompts)))
+    cards = read_prompts(tmp_path / "output" / "preview.html")
+    unknown = {"prompt-unknown"}  # the tiny tokenizer knows no capital letters
+    assert [card.kinds | unknown for card in cards] == [kinds | unknown for kinds in prompts.values()]
+    assert [card.name for card in cards] == [str(number) for number in range(1, 8)]
+    assert cards[1].warnings == ["no “TOK”: training captions get it by --id_token, validation prompts do not"]
+    assert "3 words, and most training captions have 12" in cards[3].warnings
+    assert any(text.startswith("the prompt is cut off: ") for text in cards[5].warnings) and "<del>" in cards[5].source
+    assert "<b>" not in cards[6].source and "prompts    7 to validate with\n" in said
+    for number, kind in ((2, "without the trigger word"), (1, "cut off"), (3, "much shorter or longer")):
+        assert f"warning    {number} validation prompt {kind}" in said
+    assert len(read_page(tmp_path / "output" / "preview.html")) == 4
+
+
+def test_validation_prompt_without_the_word_that_captions_begin_with(flags, captioned, tmp_path):
+    (captioned / "prompts.txt").write_text("\n".join(f"mored {caption}" for caption in CAPTIONS))
+    prompts = "mored a red square moves:::a red square moves"
+    preview(flags(instance_data_root=captioned, validation_prompt=prompts, pretrained_model_name_or_path=""))
+    cards = read_prompts(tmp_path / "output" / "preview.html")
+    assert [card.warnings for card in cards] == [[], ["no “mored”: nearly all training captions begin with it"]]
+
+
+@ONLY_I2V
+@pytest.mark.parametrize("mode", ["center", "stretch"])
+def test_start_images_are_shown_with_what_is_cropped_away(script, flags, captioned, tmp_path, mode):
+    sizes = {"wide.png": (128, 512), "small.png": (32, 48), "right.png": (64, 96)}
+    for name, size in sizes.items():
+        Image.fromarray(ramp(*size)[0]).save(tmp_path / name)
+    preview(
+        flags(
+            instance_data_root=captioned, validation_images=":::".join(sizes), video_reshape_mode=mode,
+            validation_prompt=":::".join(CAPTIONS[:3]),
+        ),
+        script.__name__,
+    )  # fmt: skip
+    cards = read_prompts(tmp_path / "output" / "preview.html")
+    wide = np.asarray(ImageOps.fit(Image.open("wide.png"), (96, 64)))[..., 0].mean(0) / 255  # [W], red is the column
+    kept = (wide[0], wide[-1]) if mode == "center" else (0, 1)
+    assert colored_part(cards[0].pictures[0]) == pytest.approx(kept, abs=0.03)
+    cropped = ["62% of the start image is cropped away"] if mode == "center" else []
+    assert cards[0].warnings == cropped
+    assert cards[1].warnings == ["the start image is 48 x 32, scaled up by 2.0"] and cards[2].warnings == []
+
+
 def test_wrong_flags_are_the_scripts_own_message(flags, tmp_path, capsys):
     wrong = [({"instance_data_root": "nowhere"}, "there is no folder nowhere"), ({"rank": "x"}, "--rank must be")]
     wrong.append(({"pretrained_model_name_or_path": tmp_path}, "is no diffusers-format model"))
@@ -258,6 +444,18 @@ def test_ctrl_c_is_one_line(script, capsys):
     assert ended.value.code == 130 and capsys.readouterr().err == "preview_data.py: interrupted\n"
 
 
+def is_playing(moving) -> list[bool]:
+    """As its style says, and whether a fifth of a second changes what is seen."""
+    moving.scroll_into_view_if_needed()  # else it does not play
+    moving.page.wait_for_timeout(200)
+    state = moving.evaluate("element => getComputedStyle(element).animationPlayState")
+    positions = []
+    for _ in range(2):
+        positions.append(moving.evaluate("element => getComputedStyle(element).backgroundPositionX"))
+        moving.page.wait_for_timeout(200)
+    return [state == "running", positions[0] != positions[1]]
+
+
 def test_page_in_a_browser(every, chromium):
     requests, problems = [], []
     page = chromium.new_page(viewport={"width": 390, "height": 844})
@@ -267,9 +465,13 @@ def test_page_in_a_browser(every, chromium):
     page.goto(every[0].as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
-    for chosen, number in {"any": 15, "double": 2, "all": 16}.items():
-        page.select_option("#filter", chosen)
-        assert page.locator("article:visible").count() == number
+    buttons = page.locator("#filter button").all()
+    for button in [*buttons[1:], buttons[0]]:
+        button.click()
+        shown = page.locator("article:visible").count()
+        assert f"({shown})" in button.inner_text() and button.get_attribute("aria-pressed") == "true"
+        assert page.locator("#filter [aria-pressed=true]").count() == 1
+    assert shown == 16
     backgrounds = set()
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
@@ -277,5 +479,16 @@ def test_page_in_a_browser(every, chromium):
     page.set_viewport_size({"width": 1200, "height": 844})
     assert page.evaluate("document.documentElement.scrollWidth") <= 1200 and len(backgrounds) == 2
     assert page.locator("h2", has_text="<script>.mp4").count() == 1
+    moving = page.locator("article", has_text="plain.mp4").locator(".moving div")
+    before = moving.screenshot()
+    assert any(moving.screenshot() != before for _ in range(50))
+    page.uncheck("#moving")
+    assert is_playing(moving) == [False, False]
+    page.check("#moving")
+    assert is_playing(moving) == [True, True]
+    page.emulate_media(reduced_motion="reduce")
+    page.reload()
+    assert is_playing(moving) == [False, False]
+    requests.remove(every[0].as_uri())
     page.close()
     assert [url for url in requests if not url.startswith("data:")] == [every[0].as_uri()] and problems == []

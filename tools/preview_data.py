@@ -1,11 +1,17 @@
-"""What training will see of the data, as a page: each clip's frames and crop, its caption, and what to worry about.
+"""Show what training will see of the data, as a page: each clip's frames, crop and caption, and what to worry about.
 
+    python tools/preview_data.py my_clips [flags of the script] [--page FILE.html]
     python tools/preview_data.py train_cogvideox_lora.py [the flags of the run] [--page FILE.html]
 
-The script's own functions choose the frames, the crop, the size and the tokens; no model is loaded. The page
-(OUTPUT_DIR/preview.html, if --page names no other) is one file that needs no network. The clips with the gravest
-warnings come first. Of each clip some frames are shown, with what is cropped away in grey stripes; only these are
-decoded, so damage between them is found by the training alone.
+The first form takes a folder, which has prompts.txt and videos.txt, or a .txt file beside each clip. Without
+--pretrained_model_name_or_path, the captions are not checked for length. The page is my_clips/preview.html. The second
+form previews a run, with all its flags. The page is preview.html in its --output_dir.
+
+The script's own functions choose the frames, the crop, the size and the tokens; no model is loaded. The page is one
+file that needs no network. The validation prompts come first, and then the clips with the gravest warnings. Of each
+clip some frames are shown, with what is cropped away in grey stripes, and a small moving picture that plays at the
+speed at which the model is taught. Only these frames are decoded, so damage between them is found by the training
+alone.
 """
 
 import argparse
@@ -19,7 +25,7 @@ import math
 import os
 import pickle
 import re
-import string
+import sys
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
@@ -31,7 +37,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
-from training_script import ending_as, load_script, open_run  # noqa: E402
+from training_script import ending_as, load_script, open_dataset, open_run  # noqa: E402
+
+TEMPLATE = Path(__file__).with_name("preview_template.html")
+SCRIPT = Path(__file__).resolve().parent.parent / "train_cogvideox_lora.py"  # what a folder is previewed with
 
 KINDS = {  # of warnings, the gravest first, as the page and the terminal name them
     "broken": "cannot be decoded", "single": "trained as a picture", "time": "little of the time used",
@@ -40,6 +49,10 @@ KINDS = {  # of warnings, the gravest first, as the page and the terminal name t
     "static": "nothing moves",
     "trigger": "trigger word missing or twice", "cut": "caption cut off", "unknown": "caption with unknown characters",
     "caption": "same caption", "converted": "converted, look at the frames",
+    "prompt-trigger": "validation prompt without the trigger word", "prompt-cut": "validation prompt cut off",
+    "prompt-unknown": "validation prompt with unknown characters",
+    "prompt-length": "validation prompt much shorter or longer than the captions",
+    "prompt-image": "start image much cropped or scaled up",
 }  # fmt: skip
 LEAST_TIME = 0.5  # the training logs a warning below it, too
 LEAST_AREA = 0.7  # 16:9 and 4:3 brought to 3:2 keep 84 and 89 %; a square clip keeps 67 %, and may lose a head
@@ -50,19 +63,24 @@ LEAST_MOTION = 0.03  # of white, in any of 16 x 16 cells; noise and strong compr
 SAME = (0.03, 0.003)  # part of a clip's contrast, and of white: twice what small size and strong compression changed
 COMMON_WORD = 0.8  # of the captions begin with a trigger word, if there is one; sentences begin in more ways
 ORDINARY = "a an the this that these those in on at there it video two three close close-up we he she".split()
-SHOWN = 6  # frames a clip at most
-THUMBNAIL = 24_000  # pixels of a shown frame; 6 frames are then about 30 KB
+OTHER_LENGTH = 3  # times as many words as most captions, or a third of them: the LoRA has not learned from such texts
+SHOWN = 6  # still frames a clip at most
+THUMBNAIL = 24_000  # pixels of a still frame
+MOVING = 25  # frames of a moving picture at most: every second one of 49
+MOVING_PIXELS = 16_000  # of each of its frames
+MOVING_BYTES = 45_000  # of a moving picture; one that has more is compressed more strongly
+NO_LIMIT = "captions are not checked for length, because no --pretrained_model_name_or_path was given"
 
 Warnings = list[tuple[str, float, str]]  # kind, how grave within its kind, text
 
 
 class Caption(NamedTuple):
-    """What the text encoder is given, what is cut off, the number of tokens, and whether some are unknown to it."""
+    """A text as the text encoder is given it. Without a model, only `text` is known."""
 
     text: str
-    cut: str
-    num_tokens: int
-    has_unknown: bool
+    cut: str = ""  # what is cut off
+    num_tokens: int | None = None
+    has_unknown: bool = False  # characters
 
 
 @dataclasses.dataclass
@@ -77,7 +95,8 @@ class View:
     box: tuple[int, int, int, int]
     kept: tuple[float, float]  # parts of its time and of its area
     shown: list[int]
-    pictures: list[bytes]  # JPEG
+    pictures: list[bytes]  # WebP, as all pictures
+    moving: bytes  # frames side by side; empty for a single frame
     brightness: float
     motion: float
     signature: np.ndarray  # the shown frames in 8 x 8 cells: [SHOWN, 8, 8, C]
@@ -88,17 +107,18 @@ class View:
 
     @property
     def used_seconds(self) -> float:
-        """From the first frame that is used to the end of the last one."""
+        """Return the time from the first frame that is used to the end of the last one."""
         return self.times[self.indices[-1] + 1] - self.times[self.indices[0]]
 
     def speed(self, fps: float) -> float:
-        """How many times as fast it plays at `fps` frames a second as it was recorded."""
+        """Return how many times as fast it plays at `fps` frames a second as it was recorded."""
         span = self.times[self.indices[-1]] - self.times[self.indices[0]]
         return span * fps / (len(self.indices) - 1) if len(self.indices) > 1 else 1.0
 
 
 def trained_box(dataset, index: int, chosen: tuple, source: tuple[int, int]) -> tuple[int, int, int, int]:
-    """What is left of a frame of the clip: the dataset crops a frame whose red is the column, whose green the row."""
+    """Return what is left of a frame of the clip: the dataset crops a frame whose red is the column, whose green the
+    row."""
     ramp = np.zeros((1, *source, 3), np.float32)  # [F, H0, W0, C]
     ramp[..., 0] = (np.arange(source[1]) + 0.5) / source[1] * 255
     ramp[..., 1] = (np.arange(source[0])[:, None] + 0.5) / source[0] * 255
@@ -117,36 +137,65 @@ def trained_box(dataset, index: int, chosen: tuple, source: tuple[int, int]) -> 
 
 
 def thumbnail(frame: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, int]) -> bytes:
-    """The frame [H0, W0, C], small and in the shape that training gives it, as a JPEG with the cropped part in grey
+    """Return the frame [H0, W0, C], small and in the shape that training gives it, with the cropped part in grey
     stripes."""
     (height, width), (left, top, right, bottom) = frame.shape[:2], box
     shape = np.array([height * size[0] / (bottom - top), width * size[1] / (right - left)])
     h, w = np.maximum(1, (shape * math.sqrt(THUMBNAIL / shape.prod())).round().astype(int)).tolist()
-    small = np.array(Image.fromarray(frame).resize((w, h), Image.Resampling.BILINEAR))  # [h, w, C]
+    # With a gap, PIL first takes means of whole blocks of pixels, which halves the time for large frames.
+    small = np.array(Image.fromarray(frame).resize((w, h), Image.Resampling.BILINEAR, reducing_gap=1.5))  # [h, w, C]
     stripes = np.add.outer(range(h), range(w)) // 4 % 2 * 40  # [h, w]
     picture = np.repeat((small.mean(-1) * 0.4 + 60 + stripes)[..., None], 3, axis=-1).astype(np.uint8)  # [h, w, C]
     rows = slice(round(top * h / height), round(bottom * h / height))
     columns = slice(round(left * w / width), round(right * w / width))
     picture[rows, columns] = small[rows, columns]
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, "JPEG", quality=72)
+    Image.fromarray(picture).save(file, "WEBP", quality=60, method=2)
     return file.getvalue()
 
 
-def cells(frames: np.ndarray, count: int, box: tuple | None = None) -> np.ndarray:
-    """The means of count x count cells of each frame, or of a part of it: [F, count, count, C] from 0 to 1."""
-    small = [Image.fromarray(frame).resize((count, count), Image.Resampling.BOX, box) for frame in frames]
-    return np.stack([np.asarray(picture, np.float32) for picture in small]) / 255
+def moving_frame(frame: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, int]) -> Image.Image:
+    """Return what training sees of the frame [H0, W0, C], small."""
+    scale = math.sqrt(MOVING_PIXELS / math.prod(size))
+    height, width = (max(1, round(side * scale)) for side in size)
+    return Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR, box, reducing_gap=1.5)
+
+
+def frame_step(num_frames: int) -> int:
+    """Return n, if a moving picture has every n-th of so many frames."""
+    return math.ceil(num_frames / MOVING)
+
+
+def moving_picture(frames: list[Image.Image]) -> bytes:
+    """Return the frames side by side, as one picture: the page shows one after the other. An animated WebP would leave
+    out frames that differ little, such as those of a dark clip."""
+    width, height = frames[0].size
+    strip = Image.new("RGB", (width * len(frames), height))
+    for position, frame in enumerate(frames):
+        strip.paste(frame, (position * width, 0))
+    for quality in (40, 15, 0):
+        file = io.BytesIO()
+        strip.save(file, "WEBP", quality=quality, method=2)
+        if file.tell() <= MOVING_BYTES:
+            break
+    return file.getvalue()
+
+
+def cells(frame: np.ndarray, count: int, box: tuple | None = None) -> np.ndarray:
+    """Return the means of count x count cells of a frame, or of a part of it: [count, count, C] from 0 to 1."""
+    small = Image.fromarray(frame).resize((count, count), Image.Resampling.BOX, box)
+    return np.asarray(small, np.float32) / 255
 
 
 class Views:
     """A View of each clip, pickled, in the form in which the script's `decode_videos` takes a clip."""
 
     def __init__(self, script: ModuleType, dataset):
-        self.script, self.dataset = script, dataset
+        self.script = script
+        self.dataset = dataset
 
     def __getitem__(self, index: int) -> dict:
-        """Raises what the dataset does."""
+        """Return what the dataset does, with a View in place of the video. Raises what the dataset does."""
         try:
             return self.view(index)
         except self.script.TimesDiffer:
@@ -154,22 +203,46 @@ class Views:
 
     def view(self, index: int, is_in_order: bool = False) -> dict:
         chosen = clip, indices, size, kept = self.dataset.choose(index, is_in_order)
+        box = trained_box(self.dataset, index, chosen, clip.size)
         spread = np.linspace(0, len(indices) - 1, SHOWN).round().astype(int).tolist()
         shown = [indices[position] for position in dict.fromkeys(spread)]
-        frames = clip.read(shown)  # [F, H0, W0, C]
-        box = trained_box(self.dataset, index, chosen, frames.shape[1:3])
-        seen = cells(frames, 16, box)
-        signature = cells(frames, 8)[np.linspace(0, len(shown) - 1, SHOWN).round().astype(int)]
+        moving = indices[:: frame_step(len(indices))] if len(indices) > 1 else []
+        pictures = {}  # by index of the frame, as the next three
+        areas = {}
+        signatures = {}
+        small = {}
+        wanted = sorted({*shown, *moving})
+        # A few frames at a time: 25 frames of 4K would take 600 MB.
+        for start in range(0, len(wanted), 8):
+            some = wanted[start : start + 8]
+            for number, frame in zip(some, clip.read(some), strict=True):  # [H0, W0, C]
+                if number in shown:
+                    pictures[number] = thumbnail(frame, box, size)
+                    areas[number] = cells(frame, 16, box)
+                    signatures[number] = cells(frame, 8)
+                if number in moving:
+                    small[number] = moving_frame(frame, box, size)
+        seen = np.stack([areas[number] for number in shown])  # [F, 16, 16, C]
         view = View(
-            clip.times, clip.notes, frames.shape[1:3], indices, size, box, tuple(kept.tolist()), shown,
-            [thumbnail(frame, box, size) for frame in frames], float(seen.mean()),
-            float(np.abs(seen - seen[0]).mean(-1).max()), signature,
-        )  # fmt: skip
+            times=clip.times,
+            notes=clip.notes,
+            source=clip.size,
+            indices=indices,
+            size=size,
+            box=box,
+            kept=tuple(kept.tolist()),
+            shown=shown,
+            pictures=[pictures[number] for number in shown],
+            moving=moving_picture([small[number] for number in moving]) if moving else b"",
+            brightness=float(seen.mean()),
+            motion=float(np.abs(seen - seen[0]).mean(-1).max()),
+            signature=np.stack([signatures[indices[position]] for position in spread]),
+        )
         return {"instance_video": torch.frombuffer(bytearray(pickle.dumps(view)), dtype=torch.uint8), "kept": kept}
 
 
 def look_at(script: ModuleType, args: Namespace, dataset) -> list[View | str]:
-    """A View of each clip, or what is wrong with it."""
+    """Return a View of each clip, or what is wrong with it."""
     gc.collect()
     gc.freeze()  # else each forked process collects, and so copies, the libraries' objects
     found: dict[int, View | str] = {}
@@ -181,12 +254,14 @@ def look_at(script: ModuleType, args: Namespace, dataset) -> list[View | str]:
     return [found[index] for index in range(len(dataset))]
 
 
-def read_captions(script: ModuleType, args: Namespace, dataset, limit: int) -> list[Caption]:
-    """Of each clip, by the script's tokenizer and the model's limit. Raises the script's RunError."""
+def read_captions(script: ModuleType, args: Namespace, prompts: list[str], limit: int | None) -> list[Caption]:
+    """Return each prompt as the script's tokenizer and the model's limit make it. Raises the script's RunError."""
+    if limit is None:
+        return [Caption(prompt) for prompt in prompts]
     with script.explain("the tokenizer of --pretrained_model_name_or_path cannot be read"):
         tokenizer = script.T5Tokenizer.from_pretrained(**script.pretrained_source(args, "tokenizer"))
     captions = []
-    for prompt in map(dataset.prompt, range(len(dataset))):
+    for prompt in prompts:
         # What would be given to the encoder comes back.
         ids = script.encode_prompt(tokenizer, lambda ids: [ids], prompt, max_sequence_length=limit)[0].tolist()
         every = tokenizer(prompt, verbose=False).input_ids
@@ -198,7 +273,7 @@ def read_captions(script: ModuleType, args: Namespace, dataset, limit: int) -> l
 
 
 def frame_warnings(view: View, mode: str, fps: float) -> Warnings:
-    """What of the clip itself is not as one would want it."""
+    """Return what of the clip itself is not as one would want it."""
     (height, width), (left, top, right, bottom), (time, area) = view.source, view.box, view.kept
     frames, used = view.num_frames, len(view.indices)
     sides = view.size[0] / (bottom - top), view.size[1] / (right - left)
@@ -222,28 +297,123 @@ def frame_warnings(view: View, mode: str, fps: float) -> Warnings:
     return [(kind, amount, text) for kind, is_so, amount, text in checks if is_so]
 
 
-def caption_warnings(caption: Caption, limit: int) -> Warnings:
-    text = f"the caption is cut off: {caption.num_tokens} tokens, the model takes {limit}"
-    warnings = [("cut", float(caption.num_tokens), text)] if caption.num_tokens > limit else []
-    return warnings + [("unknown", 0.0, "the text encoder does not know all characters")] * caption.has_unknown
+def caption_warnings(caption: Caption, limit: int | None, what: str = "caption") -> Warnings:
+    """Return what of a text the text encoder cannot read; `what` is the text's name."""
+    warnings = []
+    if limit is not None and caption.num_tokens > limit:
+        text = f"the {what} is cut off: {caption.num_tokens} tokens, the model takes {limit}"
+        warnings.append(("cut", float(caption.num_tokens), text))
+    if caption.has_unknown:
+        warnings.append(("unknown", 0.0, "the text encoder does not know all characters"))
+    return warnings
+
+
+def first_words(texts: list[str]) -> list[str]:
+    """Return the word with which each text begins."""
+    words = [re.search(r"\w[\w-]*", text) for text in texts]
+    return [word[0] if word else "" for word in words]
+
+
+def common_word(texts: list[str]) -> str:
+    """Return the word with which nearly all captions begin, a trigger word perhaps; else an empty text."""
+    word, count = Counter(first_words(texts)).most_common(1)[0]
+    if word.lower() in ORDINARY or count < COMMON_WORD * len(texts):
+        return ""
+    return word
+
+
+def has_word(text: str, word: str, flags: int = 0) -> bool:
+    return re.search(rf"(?<!\w){re.escape(word)}(?![\w-])", text, flags) is not None
 
 
 def trigger_warnings(texts: list[str], id_token: str) -> dict[int, str]:
-    """With --id_token, the captions that have it already. Else those without the word that nearly all begin with."""
+    """Return a warning by clip. With --id_token, the captions that have it already get one. Else those do that lack
+    the word with which nearly all begin."""
     if id_token:
-        is_there = re.compile(rf"(?<!\w){re.escape(id_token)}(?!\w)", re.IGNORECASE).search
         text = f"“{id_token}” twice: in the caption, and before it by --id_token"
-        return {index: text for index, caption in enumerate(texts) if is_there(caption)}
-    words = [re.findall(r"\w[\w-]*", caption) or [""] for caption in texts]
-    word, count = Counter(first for first, *_ in words).most_common(1)[0]
-    if word.lower() in ["", *ORDINARY] or count < COMMON_WORD * len(texts):
+        return {i: text for i, caption in enumerate(texts) if has_word(caption, id_token, re.IGNORECASE)}
+    word = common_word(texts)
+    if not word:
         return {}
+    count = first_words(texts).count(word)
     text = f"no “{word}”, with which {count} of {len(texts)} captions begin"
-    return {index: text for index, caption in enumerate(words) if word not in caption}
+    return {index: text for index, caption in enumerate(texts) if not has_word(caption, word)}
+
+
+class ValidationPrompt(NamedTuple):
+    """A validation prompt on the page."""
+
+    caption: Caption
+    image: str  # HTML
+    warnings: Warnings
+
+
+def validation_prompts(
+    script: ModuleType, args: Namespace, dataset, captions: list[Caption], limit: int | None
+) -> list[ValidationPrompt]:
+    """Return the validation prompts with what is wrong with them; `captions` are the same prompts as the text encoder
+    gets them. Raises the script's RunError."""
+    trigger, reason = dataset.id_token, "training captions get it by --id_token, validation prompts do not"
+    if not trigger:
+        trigger = common_word([record.caption for record in dataset.records])
+        reason = "nearly all training captions begin with it"
+    lengths = sorted(len(dataset.prompt(index).split()) for index in range(len(dataset)))
+    # Most captions: without a tenth at each end.
+    shortest = lengths[len(lengths) // 10]
+    longest = lengths[-1 - len(lengths) // 10]
+    images = start_images(script, args)
+    prompts = []
+    for number, (inputs, caption) in enumerate(zip(script.validation_inputs(args), captions, strict=True)):
+        prompt = inputs["prompt"]
+        found = caption_warnings(caption, limit, "prompt")
+        if trigger and not has_word(prompt, trigger):
+            found.append(("trigger", 0.0, f"no “{trigger}”: {reason}"))
+        words = len(prompt.split())
+        if not shortest / OTHER_LENGTH <= words <= longest * OTHER_LENGTH:
+            usual = f"{shortest}" if shortest == longest else f"{shortest} to {longest}"
+            found.append(("length", 0.0, f"{words} words, and most training captions have {usual}"))
+        image = ""
+        if images:
+            image, more = images[number]
+            found += more
+        found = in_order([(f"prompt-{kind}", amount, text) for kind, amount, text in found])
+        prompts.append(ValidationPrompt(caption, image, found))
+    return prompts
+
+
+def start_images(script: ModuleType, args: Namespace) -> list[tuple[str, Warnings]]:
+    """Return each start image of --validation_images as HTML, with what is wrong with it."""
+    if not getattr(args, "validation_images", None):
+        return []
+    images = []
+    for path in args.validation_images.split(args.validation_prompt_separator):
+        frame = np.asarray(script.open_image(path))  # [H0, W0, C]
+        height, width = frame.shape[:2]
+        box = (0, 0, width, height)
+        if args.video_reshape_mode != "stretch":
+            box = centered_box(width, height, args.width / args.height)
+        part = (box[2] - box[0]) * (box[3] - box[1]) / (width * height)
+        scale = max(args.width / (box[2] - box[0]), args.height / (box[3] - box[1]))
+        found = []
+        if part < LEAST_AREA:
+            found.append(("image", 1 - part, f"{1 - part:.0%} of the start image is cropped away"))
+        if scale > MOST_SCALE:
+            found.append(("image", scale, f"the start image is {width} x {height}, scaled up by {scale:.1f}"))
+        words = f"start image · {width} x {height} → {args.width} x {args.height}"
+        words += f", {part:.0%} of it" if part < 0.995 else ""
+        images.append((still(thumbnail(frame, box, (args.height, args.width)), words), found))
+    return images
+
+
+def centered_box(width: int, height: int, aspect: float) -> tuple[int, int, int, int]:
+    """Return the largest box of this aspect in the middle of a picture: left, top, right and bottom."""
+    left = max(0, round((width - height * aspect) / 2))
+    top = max(0, round((height - width / aspect) / 2))
+    return left, top, width - left, height - top
 
 
 def doubles(views: list[View | str]) -> list[list[int]]:
-    """Groups of clips that show the same."""
+    """Return groups of clips that show the same."""
     known = [index for index, view in enumerate(views) if isinstance(view, View)]
     signatures = np.stack([views[index].signature.ravel() for index in known]) if known else np.empty((0, 1))
     contrast = np.abs(signatures - signatures.mean(1, keepdims=True)).mean(1)
@@ -259,9 +429,9 @@ def doubles(views: list[View | str]) -> list[list[int]]:
 
 
 def find_warnings(
-    dataset, views: list[View | str], captions: list[Caption], limit: int, fps: float
+    dataset, views: list[View | str], captions: list[Caption], limit: int | None, fps: float
 ) -> list[Warnings]:
-    """Of each clip, the gravest first."""
+    """Return the warnings of each clip, the gravest first."""
     found, texts, same = [], [record.caption for record in dataset.records], {}
     for index, view in enumerate(views):
         broken = [("broken", 0.0, f"cannot be decoded: {view}")] if isinstance(view, str) else []
@@ -278,55 +448,38 @@ def find_warnings(
             found[index].append((kind, -group[0], text + (f" and {len(more)} more" if more else "")))
     for index, text in trigger_warnings(texts, dataset.id_token).items():
         found[index].append(("trigger", 0.0, text))
+    return [in_order(own) for own in found]
+
+
+def in_order(warnings: Warnings) -> Warnings:
+    """Return the warnings of a clip, the gravest first."""
     order = list(KINDS)
-    return [sorted(own, key=lambda warning: (order.index(warning[0]), -warning[1])) for own in found]
+    return sorted(warnings, key=lambda warning: (order.index(warning[0]), -warning[1]))
 
 
 def count_kinds(found: list[Warnings]) -> dict[str, int]:
-    """The number of clips that have a warning of each kind, the gravest kind first."""
+    """Return the number of clips and prompts that have a warning of each kind, the gravest kind first."""
     counts = Counter(kind for own in found for kind in {kind for kind, *_ in own})
     return {kind: counts[kind] for kind in KINDS if kind in counts}
 
 
-PAGE = string.Template("""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>$title</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline';
-script-src 'unsafe-inline'">
-<style>
-:root { color-scheme: light dark; --line: #d5d5d8; --card: #fff; --back: #f3f3f5; --text: #1c1c20; --soft: #62626a;
-  --warn: #9a3412; --warn-back: #ffedd5 }
-@media (prefers-color-scheme: dark) { :root { --line: #3a3a40; --card: #212125; --back: #17171a; --text: #ececf0;
-  --soft: #a0a0aa; --warn: #fdba74; --warn-back: #43210c } }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 1200px; padding: 16px; background: var(--back); color: var(--text);
-  font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
-h1 { font-size: 22px; margin: 0 } h2 { font-size: 16px; margin: 0 } p { margin: 6px 0 }
-h2 span, .facts, figcaption, small { color: var(--soft); font-weight: normal; font-size: 13px }
-select { font: inherit; max-width: 100%; padding: 6px; margin: 8px 0 16px }
-article { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px;
-  margin-bottom: 14px }
-article[hidden] { display: none }
-ul { list-style: none; padding: 0; margin: 6px 0; display: flex; flex-wrap: wrap; gap: 6px; font-size: 14px }
-li { background: var(--warn-back); color: var(--warn); border-radius: 4px; padding: 1px 8px }
-.strip { display: grid; grid-template-columns: repeat(6, 1fr); gap: 6px; margin: 8px 0 }
-@media (max-width: 700px) { .strip { grid-template-columns: repeat(3, 1fr) } }
-figure { margin: 0 } img { display: block; max-width: 100%; max-height: 240px; border-radius: 3px }
-figcaption { font-size: 12px } del { color: var(--warn); background: var(--warn-back) }
-</style></head><body>
-<h1>$title</h1><p class="facts">$about</p>
-<select id="filter" aria-label="Which clips are shown" autocomplete="off">$options</select>
-$cards
-<script>
-const filter = document.getElementById("filter");
-filter.onchange = () => document.querySelectorAll("article").forEach(
-  card => card.hidden = !card.dataset.kinds.split(" ").includes(filter.value));
-</script></body></html>
-""")
+def totals(views: list[View | str], prompts: list[ValidationPrompt]) -> dict[str, str]:
+    """Return what the page and the terminal say of all clips together, by name."""
+    known = [view for view in views if isinstance(view, View)]
+    sizes = Counter((len(view.indices), *view.size) for view in known)
+    shapes = [f"{number} of {' x '.join(map(str, size))}" for size, number in sorted(sizes.items())]
+    found = {"clips": f"{len(views)}: {', '.join(shapes) or 'none can be decoded'}"}
+    videos = [view for view in known if view.num_frames > 1]
+    if videos:
+        used = sum(view.used_seconds for view in videos)
+        found["footage"] = f"{used:.1f} s of {sum(view.times[-1] for view in videos):.1f} s are used"
+    if prompts:
+        found["prompts"] = f"{len(prompts)} to validate with"
+    return found
 
 
 def facts(view: View) -> str:
-    """How the clip becomes what is trained on, in a line."""
+    """Return how the clip becomes what is trained on, in a line."""
     (height, width), span, used = view.source, view.indices[-1] - view.indices[0], len(view.indices)
     text = f"trained as {used}x{view.size[0]}x{view.size[1]} · {width} x {height} → {view.size[1]} x {view.size[0]}"
     text += f", {view.kept[1]:.0%} of the frame" if view.kept[1] < 0.995 else ""
@@ -340,66 +493,149 @@ def facts(view: View) -> str:
     return f"{text} · {(used - 1) / seconds:.1f} of {view.num_frames / view.times[-1]:.1f} frames a second"
 
 
-def figure(view: View, frame: int, picture: bytes) -> str:
-    time = f"{view.times[frame]:.2f} s · " if view.num_frames > 1 else ""
-    image = f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(picture).decode()}">'
-    return f"<figure>{image}<figcaption>{time}frame {frame}</figcaption></figure>"
+def data_url(picture: bytes) -> str:
+    return f"data:image/webp;base64,{base64.b64encode(picture).decode()}"
 
 
-def card(heading: str, view: View | str, caption: Caption, warnings: Warnings) -> str:
-    """One clip on the page."""
+def still(picture: bytes, words: str) -> str:
+    """Return a picture with the words below it, as HTML."""
+    return f'<figure><img alt="" src="{data_url(picture)}"><figcaption>{words}</figcaption></figure>'
+
+
+def player(view: View, fps: float) -> str:
+    """Return the moving picture of a clip, as HTML. All frames that are trained on take len / fps seconds."""
+    used = len(view.indices)
+    step = frame_step(used)
+    words = f"as it is taught: {used} frames in {used / fps:.1f} s"
+    words += f" (1 of {step} is shown)" if step > 1 else ""
+    style = f"--frames: {math.ceil(used / step)}; --seconds: {used / fps:.3f}s; "
+    style += f"--aspect: {view.size[1] / view.size[0]:.4f}; background-image: url({data_url(view.moving)})"
+    return f'<figure class="moving"><div style="{style}"></div><figcaption>{words}</figcaption></figure>'
+
+
+def frames(view: View, fps: float) -> str:
+    """Return the moving picture of a clip and its still frames, as HTML."""
+    found = [player(view, fps)] if view.moving else []
+    for number, picture in zip(view.shown, view.pictures, strict=True):
+        time = f"{view.times[number]:.2f} s · " if view.num_frames > 1 else ""
+        found.append(still(picture, f"{time}frame {number}"))
+    return f'<div class="frames">{"".join(found)}</div>'
+
+
+def card(heading: str, content: str, caption: Caption, warnings: Warnings) -> str:
+    """Return one clip or one validation prompt on the page; `heading` and `content` are HTML."""
     kinds = " ".join(["all", *["any"] * bool(warnings), *(kind for kind, *_ in warnings)])
     chips = "".join(f"<li>{html.escape(text)}</li>" for *_, text in warnings)
-    frames = ""
-    if isinstance(view, View):
-        figures = [figure(view, *shown) for shown in zip(view.shown, view.pictures, strict=True)]
-        frames = f'<p class="facts">{facts(view)}</p><div class="strip">{"".join(figures)}</div>'
-    text = html.escape(caption.text) + (f"<del>{html.escape(caption.cut)}</del>" if caption.cut else "")
-    text = f'<p dir="auto">{text} <small>{caption.num_tokens} tokens</small></p>'
-    return f'<article data-kinds="{kinds}"><h2>{heading}</h2><ul>{chips}</ul>{frames}{text}</article>'
+    text = html.escape(caption.text)
+    if caption.cut:
+        text += f"<del>{html.escape(caption.cut)}</del>"
+    if caption.num_tokens is not None:
+        text += f" <small>{caption.num_tokens} tokens</small>"
+    text = f'<p dir="auto">{text}</p>'
+    return f'<article data-kinds="{kinds}"><h2>{heading}</h2><ul>{chips}</ul>{content}{text}</article>'
 
 
-def make_page(args: Namespace, names: list[str], clips: list[tuple], limit: int) -> str:
-    """The whole page, the clips with the gravest warnings first. A clip is a View, a Caption and Warnings."""
-    kinds, found = list(KINDS), [warnings for *_, warnings in clips]
+def make_page(
+    args: Namespace, names: list[str], clips: list[tuple], prompts: list[ValidationPrompt], limit: int | None
+) -> str:
+    """Return the whole page, the clips with the gravest warnings first. A clip is a View, a Caption and Warnings."""
+    cards = []
+    for number, prompt in enumerate(prompts, start=1):
+        image = f'<div class="frames">{prompt.image}</div>' if prompt.image else ""
+        cards.append(card(f"<span>validation prompt</span> {number}", image, prompt.caption, prompt.warnings))
+    kinds = list(KINDS)
+    found = [warnings for *_, warnings in clips]
     grave = [(kinds.index(own[0][0]), -own[0][1]) if own else (len(kinds), 0.0) for own in found]
-    order = sorted(range(len(clips)), key=grave.__getitem__)
-    cards = [card(f"<span>#{i + 1}</span> {html.escape(names[i])}", *clips[i]) for i in order]
-    about = f"{args.frame_sampling} sampling · {args.video_reshape_mode} · the model takes {limit} tokens"
+    for i in sorted(range(len(clips)), key=grave.__getitem__):
+        view, caption, warnings = clips[i]
+        pictures = ""
+        if isinstance(view, View):
+            pictures = f'<p class="facts">{facts(view)}</p>{frames(view, args.fps)}'
+        cards.append(card(f"<span>#{i + 1}</span> {html.escape(names[i])}", pictures, caption, warnings))
+    found += [prompt.warnings for prompt in prompts]
+    about = f"{args.frame_sampling} sampling · {args.video_reshape_mode} · "
+    about += f"the model takes {limit} tokens" if limit is not None else NO_LIMIT
     about += " · each clip is also trained mirrored" if args.random_flip else ""
-    counts = {"all": ("all clips", len(clips)), "any": ("clips with warnings", sum(map(bool, found)))}
+    counts = {"all": ("everything", len(cards)), "any": ("with warnings", sum(map(bool, found)))}
     counts |= {kind: (KINDS[kind], number) for kind, number in count_kinds(found).items()}
-    options = "".join(f'<option value="{kind}">{name} ({number})</option>' for kind, (name, number) in counts.items())
-    title = html.escape(f"What training sees of {args.instance_data_root or args.dataset_name}")
-    return PAGE.substitute(title=title, about=about, options=options, cards="\n".join(cards))
+    buttons = []
+    for kind, (name, number) in counts.items():
+        pressed = "true" if kind == "all" else "false"
+        buttons.append(f'<button type="button" value="{kind}" aria-pressed="{pressed}">{name} ({number})</button>')
+    rows = []
+    for name, text in totals([view for view, *_ in clips], prompts).items():
+        rows.append(f"<div><dt>{name}</dt><dd>{text}</dd></div>")
+    parts = {
+        "title": html.escape(f"What training sees of {args.instance_data_root or args.dataset_name}"),
+        "about": about,
+        "totals": "".join(rows),
+        "buttons": "".join(buttons),
+        "cards": "\n".join(cards),
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8"))
 
 
 def preview(script: ModuleType, args: Namespace, page: Path) -> str:
-    """Write the page; returns what the terminal says. Raises the script's RunError for what cannot work."""
-    transformer_config, _, dataset = open_run(script, args)
-    limit = transformer_config["max_text_seq_length"]
-    captions, views = read_captions(script, args, dataset, limit), look_at(script, args, dataset)
+    """Write the page. Returns what the terminal says. Raises the script's RunError for what cannot work."""
+    limit = None
+    if args.pretrained_model_name_or_path:
+        transformer_config, _, dataset = open_run(script, args)
+        limit = transformer_config["max_text_seq_length"]
+    else:
+        script.check_args(args)
+        dataset = open_dataset(script, args)
+    texts = [dataset.prompt(index) for index in range(len(dataset))]
+    texts += [inputs["prompt"] for inputs in script.validation_inputs(args)]
+    captions = read_captions(script, args, texts, limit)
+    prompts = validation_prompts(script, args, dataset, captions[len(dataset) :], limit)
+    captions = captions[: len(dataset)]
+    views = look_at(script, args, dataset)
     found = find_warnings(dataset, views, captions, limit, args.fps)
     names = [record.path.removeprefix(f"{Path(args.instance_data_root or '.')}/") for record in dataset.records]
-    content = make_page(args, names, list(zip(views, captions, found, strict=True)), limit)
+    content = make_page(args, names, list(zip(views, captions, found, strict=True)), prompts, limit)
     content = content.encode(errors="backslashreplace")  # a file's name may hold bytes that are no UTF-8
     with script.explain(f"--page: {page} cannot be written", OSError):
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_bytes(content)
-    sizes = Counter((len(view.indices), *view.size) for view in views if isinstance(view, View))
-    shapes = [f"{number} of {' x '.join(map(str, size))}" for size, number in sorted(sizes.items())]
-    lines = [f"clips      {len(views)}: {', '.join(shapes) or 'none can be decoded'}"]
-    lines += [f"warning    {number} {KINDS[kind]}" for kind, number in count_kinds(found).items()]
+    lines = [f"{name:10} {text}" for name, text in totals(views, prompts).items()]
+    counts = count_kinds(found + [prompt.warnings for prompt in prompts])
+    lines += [f"warning    {number} {KINDS[kind]}" for kind, number in counts.items()]
+    if limit is None:
+        lines.append(f"note       {NO_LIMIT}")
     return "\n".join([*lines, f"page       {page} ({len(content) / 1e6:.1f} MB)"])
+
+
+def folder_flags(folder: Path) -> list[str]:
+    """Return the flags of a folder of clips. They stand before those of the user, which override them. A folder
+    without prompts.txt has captions beside its clips, for the script; the empty model means that none is given."""
+    return [
+        f"--instance_data_root={folder}", "--caption_column=prompts.txt", "--video_column=videos.txt",
+        f"--output_dir={folder}", "--pretrained_model_name_or_path=",
+    ]  # fmt: skip
+
+
+def end_with(problem: str) -> None:
+    """End as argparse does for a wrong flag."""
+    print(f"preview_data.py: error: {problem}", file=sys.stderr)
+    sys.exit(2)
 
 
 def main(argv: list[str] | None = None) -> None:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    parser.add_argument("script", type=Path, help="the script of the run; its flags follow")
+    usage = "preview_data.py FOLDER|SCRIPT [flags of the script] [--page FILE.html]"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser.add_argument("source", type=Path, help="folder of clips, or the script of a run; its flags follow")
     parser.add_argument("--page", type=Path, help="file to write; default: preview.html in --output_dir")
     own, flags = parser.parse_known_args(argv)
-    script = load_script(own.script)
+    path = own.source
+    if path.is_dir():
+        flags = [*folder_flags(path), *flags]
+        path = SCRIPT
+    if not path.exists():
+        end_with(f"there is no file or folder {path}: first give a folder of clips or a training script, then flags")
+    if path.suffix != ".py" or "class VideoDataset" not in path.read_text(errors="replace"):
+        end_with(f"{path} is neither a folder of clips nor a training script")
+    script = load_script(path)
     args = script.get_args(flags)
     script.set_up_logging()
     with ending_as(script, "preview_data.py"):

@@ -38,5 +38,10 @@ def open_run(script: ModuleType, args: Namespace):
     script.check_args(args)
     configs = [script.read_config(args, name)[0] for name in ("transformer", "vae")]
     script.check_model(args, *configs)
+    return *configs, open_dataset(script, args)
+
+
+def open_dataset(script: ModuleType, args: Namespace):
+    """Return the clips and captions of a run. Raises the script's RunError for data that cannot work."""
     names = inspect.signature(script.VideoDataset).parameters
-    return *configs, script.VideoDataset(**{name: getattr(args, name) for name in names})
+    return script.VideoDataset(**{name: getattr(args, name) for name in names})
