@@ -63,7 +63,7 @@ LEAST_MOTION = 0.03  # of white, in any of 16 x 16 cells; noise and strong compr
 SAME = (0.03, 0.003)  # part of a clip's contrast, and of white: twice what small size and strong compression changed
 COMMON_WORD = 0.8  # of the captions begin with a trigger word, if there is one; sentences begin in more ways
 ORDINARY = "a an the this that these those in on at there it video two three close close-up we he she".split()
-OTHER_LENGTH = 3  # times as many words as most captions, or a third of them: the LoRA has not learned from such texts
+OTHER_LENGTH = 3  # times as many words as most captions, or a third of them: no such text was trained on
 SHOWN = 6  # still frames a clip at most
 THUMBNAIL = 24_000  # pixels of a still frame
 MOVING = 25  # frames of a moving picture at most: every second one of 49
@@ -323,7 +323,7 @@ def common_word(texts: list[str]) -> str:
 
 
 def has_word(text: str, word: str, flags: int = 0) -> bool:
-    return re.search(rf"(?<!\w){re.escape(word)}(?![\w-])", text, flags) is not None
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, flags) is not None
 
 
 def trigger_warnings(texts: list[str], id_token: str) -> dict[int, str]:
@@ -353,7 +353,8 @@ def validation_prompts(
 ) -> list[ValidationPrompt]:
     """Return the validation prompts with what is wrong with them; `captions` are the same prompts as the text encoder
     gets them. Raises the script's RunError."""
-    trigger, reason = dataset.id_token, "training captions get it by --id_token, validation prompts do not"
+    trigger = dataset.id_token
+    reason = "training captions get it by --id_token, validation prompts do not"
     if not trigger:
         trigger = common_word([record.caption for record in dataset.records])
         reason = "nearly all training captions begin with it"
