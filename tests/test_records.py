@@ -318,7 +318,7 @@ def state(output: Path) -> dict:
 
 def test_state_of_a_run_that_ends_well(run):
     output = run(num_train_epochs=1, max_train_steps=None)
-    assert state(output) == {"state": "finished", "step": 2}
+    assert state(output) == {"state": "finished", "step": 2, "lora_step": 2}
     assert json.loads((output / "run.json").read_text())["max_train_steps"] == 2
 
 
