@@ -7,7 +7,7 @@
 # Flags given to this script are passed on and take precedence.
 set -euo pipefail
 
-export DATA=${DATA:?set DATA to the folder of prompts.txt, videos.txt and the clips}
+export DATA=${DATA:?set DATA to the folder of the clips and their captions}
 ENGINE=${ENGINE:-multi_gpu}                    # or deepspeed_zero2, deepspeed_zero2_offload
 GPUS=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
 RESTARTS=${RESTARTS:-3}

@@ -8,7 +8,7 @@ set -euo pipefail
 
 MODEL=${MODEL:-THUDM/CogVideoX-5b-I2V}         # 1.0 works at 480 x 720 only
 MIXED_PRECISION=${MIXED_PRECISION:-bf16}       # the dtype that it was trained in
-DATA=${DATA:?set DATA to the folder of prompts.txt, videos.txt and the clips}
+DATA=${DATA:?set DATA to the folder of the clips and their captions}
 OUTPUT=${OUTPUT:-cogvideox-i2v-lora}
 RANK=${LORA_RANK:-64}
 STEPS=${STEPS:-2000}                           # for 25 clips; 4000 for 100
@@ -21,6 +21,9 @@ CONFIG=${CONFIG:-$here/accelerate_configs/single_gpu.yaml}
 LAUNCH=${LAUNCH:-}                             # more flags for accelerate launch
 
 optional=()
+if [ -f "$DATA/prompts.txt" ]; then            # else each clip has its caption beside it
+    optional+=(--caption_column prompts.txt --video_column videos.txt)
+fi
 if [ -n "$ID_TOKEN" ]; then
     optional+=(--id_token "$ID_TOKEN")
 fi
@@ -32,7 +35,7 @@ fi
 exec bash "$here/scripts/launch.sh" --config_file "$CONFIG" $LAUNCH --mixed_precision "$MIXED_PRECISION" \
     "$here/train_cogvideox_image_to_video_lora.py" \
     --pretrained_model_name_or_path "$MODEL" --mixed_precision "$MIXED_PRECISION" \
-    --instance_data_root "$DATA" --caption_column prompts.txt --video_column videos.txt \
+    --instance_data_root "$DATA" \
     --height 480 --width 720 --max_num_frames 49 --fps 8 \
     --rank "$RANK" --lora_alpha "$RANK" \
     --optimizer adamw --learning_rate 1e-3 --lr_scheduler cosine_with_restarts --lr_warmup_steps 200 \

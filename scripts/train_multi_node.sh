@@ -11,7 +11,7 @@
 # Flags given to this script are passed on and take precedence.
 set -euo pipefail
 
-export DATA=${DATA:?set DATA to the folder of prompts.txt, videos.txt and the clips}
+export DATA=${DATA:?set DATA to the folder of the clips and their captions}
 export OUTPUT=${OUTPUT:?set OUTPUT to a folder that all machines share}
 KIND=${KIND:-t2v}                              # or i2v
 export MODEL=${MODEL:-THUDM/CogVideoX-5b$([ "$KIND" = t2v ] || echo -I2V)}

@@ -8,7 +8,7 @@ set -euo pipefail
 
 MODEL=${MODEL:-THUDM/CogVideoX-2b}             # 2b was trained in fp16, 5b in bf16
 MIXED_PRECISION=${MIXED_PRECISION:-fp16}
-DATA=${DATA:?set DATA to the folder of prompts.txt, videos.txt and the clips}
+DATA=${DATA:?set DATA to the folder of the clips and their captions}
 OUTPUT=${OUTPUT:-cogvideox-lora}
 RANK=${LORA_RANK:-64}
 STEPS=${STEPS:-2000}                           # for 25 clips; 4000 for 100
@@ -20,6 +20,9 @@ CONFIG=${CONFIG:-$here/accelerate_configs/single_gpu.yaml}
 LAUNCH=${LAUNCH:-}                             # more flags for accelerate launch
 
 optional=()
+if [ -f "$DATA/prompts.txt" ]; then            # else each clip has its caption beside it
+    optional+=(--caption_column prompts.txt --video_column videos.txt)
+fi
 if [ -n "$ID_TOKEN" ]; then
     optional+=(--id_token "$ID_TOKEN")
 fi
@@ -31,7 +34,7 @@ fi
 exec bash "$here/scripts/launch.sh" --config_file "$CONFIG" $LAUNCH --mixed_precision "$MIXED_PRECISION" \
     "$here/train_cogvideox_lora.py" \
     --pretrained_model_name_or_path "$MODEL" --mixed_precision "$MIXED_PRECISION" \
-    --instance_data_root "$DATA" --caption_column prompts.txt --video_column videos.txt \
+    --instance_data_root "$DATA" \
     --height 480 --width 720 --max_num_frames 49 --fps 8 \
     --rank "$RANK" --lora_alpha "$RANK" \
     --optimizer adamw --learning_rate 1e-3 --lr_scheduler cosine_with_restarts --lr_warmup_steps 200 \

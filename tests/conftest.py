@@ -41,6 +41,7 @@ ONLY_I2V = pytest.mark.parametrize("script", ["train_cogvideox_image_to_video_lo
 
 # With `pytest -n`, the process that only hands out the tests needs none of the libraries, which take 14 s to import.
 if "PYTEST_XDIST_WORKER" in os.environ or not any(word.startswith("-n") for word in sys.argv):
+    import diffusers
     import huggingface_hub
     import tiny
     import torch
@@ -211,6 +212,13 @@ def run(script, flags, tmp_path):
         return Path(args.output_dir)
 
     return train
+
+
+def run_on_the_cpu(code: str, monkeypatch) -> None:
+    """Run code that samples, which is written for a GPU."""
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "enable_model_cpu_offload", lambda pipe: pipe.to("cpu"))
+    assert "pipe.enable_model_cpu_offload()" in code
+    exec(compile(code.replace('Generator("cuda")', 'Generator("cpu")'), "code", "exec"), {})
 
 
 def word_list(values: dict) -> list[str]:

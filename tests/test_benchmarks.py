@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 
+import inference
 import make_model
 import pytest
 import torch
@@ -30,6 +31,13 @@ def test_settings_compute_the_loss_of_diffusers_example(tiny_model):
         assert len(measured["seconds"]) == 2 and min(measured["seconds"]) > 0 and measured["peak"] is None
     flop = {setting: train_step.counted("tiny-5b", setting, 8).flop for setting in settings[2:]}
     assert flop["no recomputation"] < flop["attention kept"] < flop["offloaded"]
+
+
+def test_memory_of_sampling_is_what_the_readme_says(capsys, monkeypatch):
+    monkeypatch.setattr(inference.models, "TRANSFORMERS", {"2b": inference.models.TRANSFORMERS["2b"]})
+    inference.main([])
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert row == "| 2b | 18.2 | 10.8 | 3.8 |" and row in (ROOT / "benchmarks" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("setting", ["library's blocks", "recomputed"])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import BOTH, ROOT
+from conftest import BOTH, ROOT, run_on_the_cpu
 from diffusers import DiffusionPipeline
 from hub import TOKEN, Repository
 from huggingface_hub import ModelCard, constants
@@ -158,13 +158,6 @@ def test_card_of_a_finished_run(finished, kind, models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "output")
     run_on_the_cpu(code.replace("load_lora_weights('output')", "load_lora_weights('.')"), monkeypatch)
     assert Path("video.mp4").stat().st_size > 0
-
-
-def run_on_the_cpu(code: str, monkeypatch) -> None:
-    """Run code that samples, which is written for a GPU."""
-    monkeypatch.setattr(DiffusionPipeline, "enable_model_cpu_offload", lambda pipe: pipe.to("cpu"))
-    assert "pipe.enable_model_cpu_offload()" in code
-    exec(compile(code.replace('Generator("cuda")', 'Generator("cpu")'), "card", "exec"), {})
 
 
 def test_card_of_a_model_with_short_prompts(run, tmp_path, monkeypatch):
