@@ -1,15 +1,15 @@
 """Train a LoRA of the CogVideoX text-to-video transformer on your own clips.
 
-One GPU (settings as published for CogVideoX-2B; for 5B take THUDM/CogVideoX-5b and --mixed_precision bf16):
+One GPU (settings as published for CogVideoX-2B; for 5B take THUDM/CogVideoX-5b and --mixed_precision bf16). Each clip
+has its caption beside it: my_clips/00.mp4 and my_clips/00.txt.
 
-    accelerate launch --quiet --config_file accelerate_configs/single_gpu.yaml train_cogvideox_lora.py \\
-        --pretrained_model_name_or_path THUDM/CogVideoX-2b --mixed_precision fp16 \\
-        --instance_data_root my_clips --caption_column prompts.txt --video_column videos.txt \\
+    python train_cogvideox_lora.py \\
+        --pretrained_model_name_or_path THUDM/CogVideoX-2b --mixed_precision fp16 --instance_data_root my_clips \\
         --rank 64 --lora_alpha 64 --learning_rate 1e-3 --train_batch_size 1 --max_train_steps 2000 \\
         --gradient_checkpointing --enable_slicing --enable_tiling --seed 42 --output_dir my_lora
 
-Eight GPUs: the same with --config_file accelerate_configs/multi_gpu.yaml --num_processes 8; see scripts/ for several
-machines. Tiny, on a CPU: `make demo`.
+Eight GPUs: accelerate launch --config_file accelerate_configs/multi_gpu.yaml --num_processes 8 in place of python; see
+scripts/ for several machines. Tiny, on a CPU: `make demo`.
 
 The objective, in six lines (x0: latents of a clip, e: prompt embeddings, alpha_bar: the scheduler's noise levels):
 

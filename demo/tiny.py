@@ -10,10 +10,14 @@ FOLDER/images, with first frames.
 import argparse
 import io
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+# bitsandbytes, which diffusers imports, warns of a kernel for CPUs that is needed nowhere here.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import numpy as np
 import sentencepiece
