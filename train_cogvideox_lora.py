@@ -708,7 +708,8 @@ def main(args: Namespace) -> None:
         is_trained = checkpoint_step >= max_train_steps
         is_published = earlier.get("state") == "finished" and earlier["step"] >= checkpoint_step
         if is_trained and is_published and in_first(Path(args.output_dir, LORA_FILE).is_file):
-            end |= {name: earlier[name] for name in ("step", "lora_step") if name in earlier}
+            end["step"] = earlier["step"]
+            end["lora_step"] = earlier.get("lora_step", earlier["step"])
             steps = f"{checkpoint} is of step {checkpoint_step}, and {max_train_steps} are asked for"
             logger.info(f"Nothing is left to train: {steps}. For more, raise --max_train_steps or --num_train_epochs.")
             return
