@@ -147,19 +147,27 @@ def test_a_run_that_is_going(tmp_path, capsys):
     assert "silent since step 4 of 6" in page_of(folder)
 
 
-def test_a_run_that_was_stopped(script, tmp_path):
-    error = "stopped by SIGTERM after step 4.\n  - a second line"
-    lines = f"{WHEN}1,000 WARNING twice\n{WHEN}2,000 WARNING twice\n{WHEN}3,000 ERROR {error}\n"
+def test_a_run_that_was_stopped(script, tmp_path, capsys):
+    """It is not an error, though older versions of the scripts log it as one."""
+    stop = "stopped by SIGTERM after step 4.\n  - a second line"
+    lines = f"{WHEN}1,000 WARNING twice\n{WHEN}2,000 WARNING twice\n{WHEN}3,000 ERROR {stop}\n"
     folder = make_run(tmp_path / "run", steps=4, log=lines)
-    (folder / "state.json").write_text(json.dumps({"state": "stopped", "message": error}))
+    (folder / "state.json").write_text(json.dumps({"state": "stopped", "message": stop}))
     page = page_of(folder)
-    assert page.count(f"{error}</pre>") == 2 and "stopped at step 4 of 6" in page  # in the head and in the log
-    assert f"{WHEN}2 WARNING, 2 times</small><pre>twice</pre>" in page
+    assert page.count(f"{stop}</pre>") == 1 and "stopped at step 4 of 6" in page  # in the head, not in the log
+    assert f"{WHEN}2 WARNING, 2 times</small><pre>twice</pre>" in page and 'class="error"' not in page
+    said = capsys.readouterr().out
+    assert "Log           2 WARNING\n" in said and "  stopped by SIGTERM after step 4.\n" in said
+    with (folder / "train.log").open("a") as log:
+        log.write(f"{WHEN}3,000 ERROR Validation failed\n")
+    assert '<li class="error">' in page_of(folder) and "2 WARNING, 1 ERROR" in capsys.readouterr().out
     command = report.resume_command(report.read_run(folder, ""))
     assert command.startswith("accelerate launch --num_processes 2 train_cogvideox_lora.py ")
     words = shlex.split(command)[5:]
     args = script.get_args(["--pretrained_model_name_or_path", "x", *words])
     assert (args.resume_from_checkpoint, args.output_dir) == ("latest", str(folder))
+    (folder / "state.json").write_text('{"state": "stopped", "message": "SystemExit: 143"}')
+    assert '<pre class="why">stopped by SIGTERM</pre>' in page_of(folder)
     # The log alone ends nothing: errors that the training does not depend on are in it, too.
     (folder / "state.json").write_text('{"state": "going"}')
     assert "going: step 4 of 6" in page_of(folder)

@@ -22,6 +22,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
 import time
 from collections import Counter
@@ -86,8 +87,21 @@ class TrainingRun:
 
     @functools.cached_property
     def stop(self) -> str | None:
-        """The problem or the signal that ended the run."""
-        return str(self.ended.get("message")) if self.state in ("failed", "stopped") else None
+        """Return the problem or the signal that ended the run."""
+        if self.state not in ("failed", "stopped"):
+            return None
+        message = str(self.ended.get("message"))
+        # A signal during the encoding ends Python with 128 plus its number.
+        match = re.fullmatch(r"SystemExit: (\d+)", message)
+        names = {str(128 + number): number.name for number in signal.Signals}
+        return f"stopped by {names[match[1]]}" if match and match[1] in names else message
+
+    @functools.cached_property
+    def problems(self) -> list[list[str]]:
+        """Return the warnings and errors of the log. A stop that was asked for is none, though older versions of the
+        scripts log it as an error."""
+        asked = self.stop.strip() if self.state == "stopped" else None
+        return [entry for entry in self.log if entry[1] not in ("INFO", "DEBUG") and entry[2].strip() != asked]
 
     @functools.cached_property
     def state(self) -> str:
@@ -481,8 +495,8 @@ def time_section(run: TrainingRun) -> str:
 
 
 def log_section(run: TrainingRun) -> str:
-    found = Counter((level, message) for _, level, message in run.log if level not in ("INFO", "DEBUG"))
-    last = {(level, message): moment for moment, level, message in run.log}
+    found = Counter((level, message) for _, level, message in run.problems)
+    last = {(level, message): moment for moment, level, message in run.problems}
     entries = [
         f'<li class="{escape(key[0].lower())}"><small>{escape(last[key])} {escape(key[0])}'
         f"{f', {times} times' if times > 1 else ''}</small><pre>{escape(key[1])}</pre></li>"
@@ -618,7 +632,7 @@ def summary(run: TrainingRun) -> str:
         lines.append(f"Loss of held-out clips: {held_out_words(run)}")
     if run.seconds:
         lines.append("Time          " + ", ".join(f"{name} {duration(s)}" for name, s in run.seconds.items()))
-    if problems := Counter(level for _, level, _ in run.log if level not in ("INFO", "DEBUG")):
+    if problems := Counter(level for _, level, _ in run.problems):
         lines.append("Log           " + ", ".join(f"{number} {level}" for level, number in problems.items()))
     named = {"Every step": [run.folder / "metrics.jsonl"], "LoRA": [run.folder / LORA_FILE]}
     last_step = max((step for step, _, _ in run.videos), default=0)
