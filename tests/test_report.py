@@ -315,9 +315,52 @@ def test_watch_ends_with_the_run(tmp_path, monkeypatch, capsys):
     assert "run going: step 5 of 6" in (said := capsys.readouterr().out) and "run finished after 6 steps" in said
 
 
-def test_without_plotly_one_line_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "plotly", None)
-    with pytest.raises(SystemExit) as ended:
-        report.main([str(make_run(tmp_path / "run"))])
-    assert ended.value.code == 2
-    assert capsys.readouterr().err == "report.py: error: the curves need plotly: pip install plotly\n"
+def test_without_plotly_the_page_has_all_but_the_curves(tmp_path, monkeypatch, capsys, open_page):
+    for name in ("plotly", "plotly.offline"):
+        monkeypatch.setitem(sys.modules, name, None)
+    folder = make_run(tmp_path / "run", lora=True, videos=(0, 6))
+    (folder / "state.json").write_text('{"state": "stopped", "message": "stopped by SIGINT"}')
+    page = page_of(folder)
+    assert capsys.readouterr().err == "The page has no curves: they need plotly (pip install plotly).\n"
+    assert f"<h2>Curves</h2><p>{report.NO_PLOTLY}</p>" in page and 'class="plot"' not in page
+    tab = open_page(tmp_path / "page.html")
+    style = "(part) => getComputedStyle(part)"
+    bad = tab.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--bad')")
+    assert bad == "#c23f3f" and tab.locator(".state").evaluate(f"{style}.color") != "rgb(194, 63, 63)"
+    assert tab.locator(".why").evaluate(f"{style}.borderLeftWidth") == "0px"  # plain, not the bar of an error
+    assert tab.inner_text("#step") == "step 6" and tab.locator("video").count() == 2
+    tab.locator("#slider").fill("0")
+    assert tab.inner_text("#step") == "before training"
+
+
+def test_watch_waits_for_a_run_that_has_not_begun(tmp_path, monkeypatch, capsys):
+    """Its folder is missing, or has the page of tools/preview_data.py and what a run makes before it writes."""
+    missing, waits = tmp_path / "runs" / "missing", []
+    (begun := tmp_path / "begun").mkdir()
+
+    def train(seconds):
+        waits.append(seconds)
+        if len(waits) == 1:
+            (begun / "preview.html").touch()
+            (begun / ".lock").touch()
+            (begun / "logs").mkdir()
+        elif len(waits) == 2:
+            make_run(missing, lora=True)
+        else:
+            for name in ("metrics.jsonl", "state.json"):
+                (begun / name).write_text('{"state": "failed", "message": "no"}\n')
+
+    monkeypatch.setattr(report.time, "sleep", train)
+    with pytest.raises(SystemExit, match="missing is not the output folder of a run"):
+        report.main([str(missing)])
+    report.main([str(missing), str(begun), "--watch", "7"])
+    assert waits == [7, 7, 7]
+    said = capsys.readouterr().out
+    assert said.startswith(
+        f"Waiting for a run to write into {missing} and {begun}\nWaiting for a run to write into {begun}\n"
+    )
+    assert "missing: finished after 6 steps" in said and "failed at step 0" in (missing / "report.html").read_text()
+    (other := tmp_path / "other").mkdir()
+    (other / "thesis.pdf").touch()
+    with pytest.raises(SystemExit, match="other is not the output folder of a run"):
+        report.main([str(other), "--watch"])

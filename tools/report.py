@@ -14,7 +14,6 @@ import dataclasses
 import datetime
 import functools
 import html
-import importlib.util
 import io
 import itertools
 import json
@@ -44,6 +43,7 @@ QUIET_SECONDS = 900  # without a word, after which a run counts as ended; no sta
 NOT_SETTINGS = {"output_dir", "resume_from_checkpoint", "hub_token"}
 COLORS = ("#3b7dd8", "#e07b39", "#2f9e6e", "#b4559f", "#c29a1c", "#5f6bd4", "#c94f4f", "#3a9fb5")  # on white and black
 BARS = "▁▂▃▄▅▆▇█"
+NO_PLOTLY = "The page has no curves: they need plotly (pip install plotly)."
 
 
 # ---- What a run left ------------------------------------------------------------------------------------------------
@@ -188,9 +188,24 @@ def read_log(path: Path) -> list[list[str]]:
     return entries
 
 
+def has_run(folder: Path) -> bool:
+    return any(path for pattern in WRITTEN for path in folder.glob(pattern))
+
+
+def may_get_run(folder: Path) -> bool:
+    """Return whether a run may yet begin in a folder: it is missing, or has at most hidden files, the pages of tools,
+    and the empty folder of the trackers, which is made first."""
+    if not folder.exists():
+        return True
+    if not folder.is_dir():
+        return False
+    others = [path for path in folder.iterdir() if path.name[0] != "." and path.suffix != ".html"]
+    return not any(path.is_file() or any(path.iterdir()) for path in others)
+
+
 def read_run(folder: Path, name: str) -> TrainingRun:
     """Raises SystemExit where nothing of a run is found."""
-    if not any(path for pattern in WRITTEN for path in folder.glob(pattern)):
+    if not has_run(folder):
         sys.exit(f"report.py: error: {folder} is not the output folder of a run: it has none of {', '.join(WRITTEN)}")
     about, card = read_json(read_text(folder / "run.json")), read_text(folder / "README.md")
     args, settings = (about.get(part) if isinstance(about.get(part), dict) else {} for part in ("args", "settings"))
@@ -576,18 +591,31 @@ def head(run: TrainingRun) -> str:
     )
 
 
+def plotly_code() -> str:
+    """Return the JavaScript that draws the curves, or "" where plotly is not installed."""
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError:
+        return ""
+    return get_plotlyjs()
+
+
 def page(runs: list[TrainingRun], reload_seconds: int | None) -> str:
     """The whole page. What the runs wrote is escaped, and the page's own policy forbids it every request."""
-    from plotly.offline import get_plotlyjs
-
     (videos, left_out), drawn = chosen_videos(runs), plots(runs)
     details = []
     for run in runs:
         text = time_section(run) + log_section(run) + commands_section(run) + settings_section(run)
         many = f"<details class=run><summary>{escape(run.name)}</summary>{text}</details>"
         details.append(many if len(runs) > 1 else text)
-    curves = "".join(f'<div class="plot" id="plot-{plot["name"]}"></div>' for plot in drawn)
-    log = '<label><input type="checkbox" id="log"> logarithmic loss</label>'
+    curves = ""
+    if drawn and not plotly_code():
+        curves = f"<section id=curves><h2>Curves</h2><p>{NO_PLOTLY}</p></section>"
+        drawn = []
+    elif drawn:
+        log = '<label><input type="checkbox" id="log"> logarithmic loss</label>'
+        boxes = "".join(f'<div class="plot" id="plot-{plot["name"]}"></div>' for plot in drawn)
+        curves = f"<section id=curves><h2>Curves</h2>{log}<div class=plots>{boxes}</div></section>"
     title = " and ".join(run.name for run in runs)
     many = f"<h1>{len(runs)} runs</h1><p class=about>{escape(title)}</p>{comparison(runs)}"
     data = {"plots": drawn, "videos": {key: base64.b64encode(content).decode() for key, content in videos.items()}}
@@ -596,11 +624,11 @@ def page(runs: list[TrainingRun], reload_seconds: int | None) -> str:
         "refresh": f'<meta http-equiv="refresh" content="{reload_seconds}">' if reload_seconds else "",
         "head": head(runs[0]) if len(runs) == 1 else many,
         "videos": videos_section(runs, videos, left_out),
-        "curves": f"<section id=curves><h2>Curves</h2>{log}<div class=plots>{curves}</div></section>" if drawn else "",
+        "curves": curves,
         "details": "".join(details),
         "written": datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S"),
         "data": json.dumps(data).replace("<", "\\u003c"),
-        "plotly": get_plotlyjs() if drawn else "",
+        "plotly": plotly_code() if drawn else "",
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8"))
 
@@ -643,6 +671,16 @@ def summary(run: TrainingRun) -> str:
     return "\n".join(lines + [f"{'Checkpoint':14}{path}" for path in run.checkpoints])
 
 
+def wait_for_runs(folders: list[Path], seconds: int) -> None:
+    """Wait until runs have begun in all folders where they may yet begin."""
+    waited_for = []
+    while waiting := [str(folder) for folder in folders if not has_run(folder) and may_get_run(folder)]:
+        if waiting != waited_for:
+            print(f"Waiting for a run to write into {' and '.join(waiting)}", flush=True)
+            waited_for = waiting
+        time.sleep(seconds)
+
+
 def write_page(folders: list[Path], path: Path, reload_seconds: int | None = None) -> list[TrainingRun]:
     """Read the runs and write the page, complete or not at all; it is reloaded while a run is going."""
     runs = [read_run(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
@@ -656,14 +694,18 @@ def write_page(folders: list[Path], path: Path, reload_seconds: int | None = Non
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+", metavar="OUTPUT_DIR", help="--output_dir of a run")
-    every = "write the page every N seconds (30), and let it reload itself, until the runs have ended"
+    every = "wait for the runs, then write the page every N seconds (30), and let it reload itself, until they end"
     parser.add_argument("--watch", type=int, nargs="?", const=30, metavar="N", help=every)
     parser.add_argument("--page", type=Path, metavar="FILE", help="default: report.html in the first folder")
     args = parser.parse_args(argv)
-    if importlib.util.find_spec("plotly") is None:
-        print("report.py: error: the curves need plotly: pip install plotly", file=sys.stderr)
-        sys.exit(2)
+    if not plotly_code():
+        print(NO_PLOTLY, file=sys.stderr)
     path = args.page or args.folders[0] / "report.html"
+    if args.watch:
+        try:
+            wait_for_runs(args.folders, args.watch)
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)
     runs = write_page(args.folders, path, args.watch)
     print("\n".join(map(summary, runs)))
     print(f"\nReport        {path} ({size(path)}): open it in a browser", flush=True)
