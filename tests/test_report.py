@@ -260,9 +260,8 @@ def test_runs_compared(tmp_path, capsys, open_page):
     assert re.findall(r"<th scope=row>(\w+)</th><td>(.*?)</td><td>(.*?)</td>", table) == [("rank", "4", "8")]
     traces = {plot["name"]: [t["name"] for t in plot["traces"]] for plot in data_of(page)["plots"]}
     mean = "mean of 5 steps"
-    assert traces["loss"] == [
-        "a/out each step", f"a/out {mean}", "a/out held-out clips", "b/out each step", f"b/out {mean}"
-    ]  # fmt: skip
+    assert traces["loss"] == ["a/out each step", f"a/out {mean}", "b/out each step", f"b/out {mean}"]
+    assert traces["held_out"] == ["a/out held-out clips", "a/out lowest"]
     assert traces["lr"] == ["a/out ", "b/out "]
     tab = open_page(tmp_path / "a" / "page.html", 390)
     captions = [text.strip() for text in tab.locator("figcaption").all_inner_texts()]
@@ -364,3 +363,29 @@ def test_watch_waits_for_a_run_that_has_not_begun(tmp_path, monkeypatch, capsys)
     (other / "thesis.pdf").touch()
     with pytest.raises(SystemExit, match="other is not the output folder of a run"):
         report.main([str(other), "--watch"])
+
+
+def write_losses(folder: Path, losses: dict[int, float]) -> None:
+    with (folder / "metrics.jsonl").open("a") as file:
+        for step, loss in losses.items():
+            file.write(json.dumps({"step": step, "validation/loss": loss}) + "\n")
+
+
+TICKS = "(id) => [...document.querySelectorAll(`#plot-${id} .ytick`)].map((tick) => tick.textContent)"
+
+
+def test_a_browser_shows_curves(tmp_path, open_page):
+    folder = make_run(tmp_path / "run", videos=(0, 2, 4, 6), lora=True)
+    rows = [{"step": n, "loss": 1.3, "lr": n / 60_000, "grad_norm": n, "seconds": 2} for n in range(1, 7)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_losses(folder, {0: 1.3437, 2: 1.3388, 4: 1.3401, 6: 1.3412})
+    page_of(folder)
+    tab = open_page(tmp_path / "page.html", 1400)
+
+    low, high = tab.evaluate("document.getElementById('plot-held_out').layout.yaxis.range")
+    assert 1.33 < low < 1.3388 and 1.3437 < high < 1.35
+    assert "lowest: 1.3388 at step 2" in tab.text_content("#plot-held_out")
+    assert tab.evaluate(TICKS, "lr") == ["0", "2e-5", "4e-5", "6e-5", "8e-5", "1e-4"]
+    for box in tab.locator(".plot").all():
+        box.hover()
+    assert tab.locator(".modebar-btn").count() == 0  # plotly's toolbar, which would cover the title

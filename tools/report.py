@@ -364,50 +364,83 @@ def smoothed(losses: np.ndarray, window: int) -> np.ndarray:
 
 def curve(steps: list[int], values: np.ndarray, **look) -> dict:
     every = math.ceil(len(steps) / POINT_LIMIT) or 1
-    return {"x": steps[::every], "y": [float(f"{value:.5g}") for value in values[::every]]} | look
+    return {"x": steps[::every], "y": [float(f"{value:.7g}") for value in values[::every]]} | look
 
 
 def plots(runs: list[TrainingRun]) -> list[dict]:
-    """Of loss, learning rate, gradient norm and seconds: title and traces, as plotly takes them."""
-    titles = {"loss": "Loss", "lr": "Learning rate", "grad_norm": "Gradient norm", "seconds": "Seconds a step"}
+    """Return the plots: name, title and traces, as plotly takes them, and the range of an axis that does not start at
+    0."""
+    titles = {"loss": "Loss", "validation/loss": "Loss of held-out clips", "lr": "Learning rate"}
+    titles |= {"grad_norm": "Gradient norm", "seconds": "Seconds a step"}
     found = []
     for column, title in titles.items():
         traces = [trace for index in range(len(runs)) for trace in traces_of(runs, index, column)]
-        found += [{"name": column, "title": title, "traces": traces}] if traces else []
+        if not traces:
+            continue
+        plot = {"name": column.replace("validation/loss", "held_out"), "title": title, "traces": traces}
+        if column == "validation/loss":
+            plot["range"] = fitted_range([value for trace in traces for value in trace["y"]])
+        found.append(plot)
     return found
 
 
+def fitted_range(values: list[float]) -> list[float]:
+    """Return the ends of an axis that shows how much the values differ. Below them is space for a label."""
+    low = min(values)
+    high = max(values)
+    span = high - low or abs(low) / 100 or 1
+    return [low - span / 4, high + span / 8]
+
+
 def traces_of(runs: list[TrainingRun], index: int, column: str) -> list[dict]:
-    """Curves of one run: of the loss each step, its mean and the held-out clips' loss; else one."""
+    """Return the curves of one run: each loss and its mean, or the held-out clips' loss with its lowest point."""
     run, color = runs[index], COLORS[index % len(COLORS)]
+    steps, values = run.column(column)
+    if not steps:
+        return []
     name = f"{escape(run.name)} " if len(runs) > 1 else ""
     look = {"mode": "lines", "line": {"color": color, "width": 2}}
     look |= {"legendgroup": str(index)} if name else {}
-    steps, values = run.column(column)
-    if column != "loss":
-        return [curve(steps, values, **look, name=name or column)] if steps else []
-    traces, window = [], max(5, len(steps) // 15)
-    if steps:
+    if column == "loss":
+        window = max(5, len(steps) // 15)
         faint = {"opacity": 0.3, "line": {"color": color, "width": 1}, "showlegend": not name}
-        traces.append(curve(steps, values, **look | faint, name=f"{name}each step"))
-        traces.append(curve(steps, smoothed(values, window), **look, name=f"{name}mean of {window} steps"))
-    steps, values = run.column("validation/loss")
-    if steps:
-        dots = {"mode": "lines+markers", "line": {"color": color, "width": 2, "dash": "dot"}}
-        dots["marker"] = {"size": 8, "symbol": "diamond"}
-        traces.append(curve(steps, values, **look | dots, name=f"{name}held-out clips"))
-    return traces
+        each = curve(steps, values, **look | faint, name=f"{name}each step")
+        return [each, curve(steps, smoothed(values, window), **look, name=f"{name}mean of {window} steps")]
+    if column == "validation/loss":
+        dots = {"mode": "lines+markers", "marker": {"size": 7, "symbol": "diamond"}}
+        return [curve(steps, values, **look | dots, name=f"{name}held-out clips"), lowest_point(run, color, name)]
+    return [curve(steps, values, **look, name=name or column)]
 
 
-def chosen_videos(runs: list[TrainingRun]) -> tuple[dict[str, bytes], list[int]]:
-    """The videos of the page by run/step/prompt/number, and the steps that are left out. The first and the last step
-    of each run are kept, and of the others the newest, up to VIDEO_LIMIT."""
+def lowest_point(run: TrainingRun, color: str, name: str) -> dict:
+    """Return the mark of the lowest loss of held-out clips, with words where the plot has one run only."""
+    steps, losses = run.column("validation/loss")
+    lowest = int(losses.argmin())
+    ring = {"size": 15, "symbol": "circle-open", "color": color, "line": {"width": 2}}
+    mark = {"mode": "markers", "marker": ring, "hoverinfo": "skip", "showlegend": False}
+    if not name:
+        part = (steps[lowest] - steps[0]) / max(steps[-1] - steps[0], 1)
+        side = "right" if part < 0.25 else "left" if part > 0.75 else "center"  # so that the words stay in the plot
+        words = f"lowest: {losses[lowest]:.4f} at step {steps[lowest]}"
+        mark |= {"mode": "markers+text", "text": [words], "textposition": f"bottom {side}"}
+    return curve([steps[lowest]], losses[[lowest]], **mark, name=f"{name}lowest")
+
+
+def is_whole(content: bytes) -> bool:
+    """Return whether an MP4 file has its table of frames, which is written last."""
+    return b"moov" in content
+
+
+def chosen_videos(runs: list[TrainingRun]) -> tuple[dict[str, bytes], dict[str, bytes], list[int]]:
+    """Return the videos of the page by run/step/prompt/number, the samples by run/file, and the steps that are left
+    out. The first and the last step of each run are kept, then come the newest samples and the newest other steps, up
+    to VIDEO_LIMIT."""
     files: dict[int, dict[str, bytes]] = {}
     kept = set()
     for index, run in enumerate(runs):
         for (step, prompt, number), path in run.videos.items():
             content = path.read_bytes() if path.is_file() else b""
-            if b"moov" in content:  # its table of frames, which is written last
+            if is_whole(content):
                 files.setdefault(step, {})[f"{index}/{step}/{prompt}/{number}"] = content
         own = [step for step, found in files.items() if any(key.startswith(f"{index}/") for key in found)]
         kept |= {min(own), max(own)} if own else set()
