@@ -365,6 +365,36 @@ def test_watch_waits_for_a_run_that_has_not_begun(tmp_path, monkeypatch, capsys)
         report.main([str(other), "--watch"])
 
 
+RESUMED = "train_cogvideox_lora.py --output_dir 'my lora' --resume_from_checkpoint latest"
+
+
+@pytest.mark.parametrize(
+    "command, resumed",
+    {
+        "accelerate launch --quiet --config_file a.yaml train_cogvideox_lora.py --output_dir 'my lora'":
+            f"accelerate launch --quiet --config_file a.yaml {RESUMED}",
+        "python train_cogvideox_lora.py --resume_from_checkpoint checkpoint-2 --output_dir 'my lora'":
+            f"python {RESUMED}",
+        "python train_cogvideox_lora.py --resume_from_checkpoint=latest --output_dir 'my lora'": f"python {RESUMED}",
+        "train_cogvideox_lora.py --output_dir 'my lora'": f"accelerate launch --num_processes 2 {RESUMED}",
+        "python train_cogvideox_lora.py --output_dir 'my": "python train_cogvideox_lora.py --output_dir",
+    }.items(),
+)  # fmt: skip
+def test_the_resume_command_is_the_runs_own(tmp_path, command, resumed):
+    folder = make_run(tmp_path / "run")
+    about = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(about | {"command": command}))
+    run = report.read_run(folder, "run")
+    assert report.resume_command(run).startswith(resumed)
+    is_old = command.startswith("train")
+    assert ("with the same --config_file" in report.commands_section(run)) == is_old
+
+
+def test_buckets_are_shown_as_on_the_command_line(tmp_path):
+    page = page_of(make_run(tmp_path / "run", buckets=[[17, 96, 144], [9, 64, 96]]))
+    assert "<dt>buckets</dt><dd>17x96x144 9x64x96</dd>" in page
+
+
 def write_losses(folder: Path, losses: dict[int, float]) -> None:
     with (folder / "metrics.jsonl").open("a") as file:
         for step, loss in losses.items():

@@ -319,12 +319,32 @@ def use_command(run: TrainingRun) -> str:
     )
 
 
+def words_of(command: str) -> list[str]:
+    """Split a command as a shell does; where it has been cut short within a quotation, at its spaces."""
+    try:
+        return shlex.split(command)
+    except ValueError:
+        return command.split()
+
+
+def names_launcher(run: TrainingRun) -> bool:
+    """Return whether run.json has the whole command. Older versions noted it from the script's name on."""
+    words = words_of(run.command)
+    return bool(words) and not words[0].endswith(".py")
+
+
 def resume_command(run: TrainingRun) -> str:
-    if not run.command:
+    words = words_of(run.command)
+    if not words:
         return ""
-    more = "" if "--resume_from_checkpoint" in run.command else " --resume_from_checkpoint latest"
-    processes = run.settings.get("num_processes") or 1
-    return f"accelerate launch --num_processes {processes} {run.command}{more}"
+    if not names_launcher(run):
+        words = ["accelerate", "launch", "--num_processes", str(run.settings.get("num_processes") or 1), *words]
+    flag = "--resume_from_checkpoint"
+    if flag in words:  # the run was itself resumed, perhaps from an older checkpoint
+        position = words.index(flag)
+        del words[position : position + 2]
+    words = [word for word in words if not word.startswith(f"{flag}=")]
+    return shlex.join([*words, flag, "latest"])
 
 
 def share_command(run: TrainingRun) -> str:
@@ -555,7 +575,9 @@ def log_section(run: TrainingRun) -> str:
 
 
 def commands_section(run: TrainingRun) -> str:
-    resume = "To resume it, with the same --config_file, if there was one"
+    resume = "To resume it"
+    if not names_launcher(run):
+        resume += ", with the same --config_file, if there was one"
     resume += "; for more training, with a larger --max_train_steps or --num_train_epochs"
     commands = {"To use the LoRA": use_command(run), resume: resume_command(run)}
     commands["To share it, after hf auth login"] = share_command(run)
@@ -582,7 +604,9 @@ def settings_section(run: TrainingRun) -> str:
 
 
 def plain(value) -> str:
+    """Return a value of run.json in words. A list of sizes, as --buckets has it, is written as on the command line."""
     if isinstance(value, list):
+        value = ["x".join(map(str, part)) if isinstance(part, list) else part for part in value]
         separator = "; " if any(" " in str(part) for part in value) else " "
         return separator.join(map(str, value))
     return "–" if value is None else str(value)
