@@ -123,7 +123,10 @@ def test_a_browser_shows_a_finished_run(finished, open_page, tmp_path, capsys):
 def test_commands_of_a_finished_run_work(finished):
     """The Python samples a video; the share command names files that exist."""
     run, names = report.read_run(finished / "output", "output"), {}
-    exec(report.use_command(run).replace("dtype=torch.bfloat16).to('cuda')", "dtype=torch.float32)"), names)
+    code = report.use_command(run)
+    assert "\npipe.enable_model_cpu_offload()\npipe.vae.enable_tiling()\n" in code and ".to(" not in code
+    code = code.replace("pipe.enable_model_cpu_offload()\n", "")  # it needs a GPU
+    exec(code.replace("dtype=torch.bfloat16)", "dtype=torch.float32)"), names)
     assert Path("video.mp4").stat().st_size and len(names["video"]) == 9
     words = shlex.split(report.share_command(run))
     included = {word.removeprefix("--include=") for word in words if word.startswith("--include=")}
@@ -137,8 +140,8 @@ def test_a_run_that_is_going(tmp_path, capsys):
     (folder / "checkpoint-3").mkdir()
     page = page_of(folder)
     assert "going: step 4 of 6, about 4 s of training left" in page and "Training: 4 of 6</pre>" in page
-    newest = str(folder / "checkpoint-3")
-    assert f"pipe.load_lora_weights({newest!r})" in report.use_command(report.read_run(folder, "run"))
+    newest = folder / "checkpoint-3"
+    assert f'pipe.load_lora_weights("{newest}")' in report.use_command(report.read_run(folder, "run"))
     assert "hf upload" not in page and "Steps: 6" not in page and "No warning and no error." in page
     assert "encoding videos 2 min, training 8 s" in capsys.readouterr().out
     old = time.time() - 10_000
@@ -401,14 +404,52 @@ def write_losses(folder: Path, losses: dict[int, float]) -> None:
             file.write(json.dumps({"step": step, "validation/loss": loss}) + "\n")
 
 
+def keep_loras(folder: Path, *steps: int) -> None:
+    (folder / "loras").mkdir(exist_ok=True)
+    for step in steps:
+        (folder / "loras" / f"step-{step:06d}.safetensors").touch()
+
+
+def test_the_last_and_the_best_lora_are_named(tmp_path, capsys):
+    folder = make_run(tmp_path / "run", lora=True)
+    write_losses(folder, {0: 1.33, 2: 1.3388, 4: 1.3401, 6: 1.3437})
+    best = "Best LoRA: step 2, with the lowest loss of held-out clips, 1.3388"
+    best += " (before the training it was lower, 1.3300)"
+    last = f'pipe.load_lora_weights("{folder}")'
+    page = page_of(folder)
+    said = capsys.readouterr().out
+    assert f"Last LoRA: step 6: {last}\n{best}. It was not kept\n" in said
+    assert f"<h4>{best}. It was not kept</h4></header>" in page
+    keep_loras(folder, 2, 6)
+    line = f'pipe.load_lora_weights("{folder}/loras/step-000002.safetensors")'
+    page = page_of(folder)
+    assert f"Last LoRA: step 6: {last}\n{best}: {line}\n" in capsys.readouterr().out
+    head = page.split("</header>")[0]
+    assert report.escape(line) in head and report.escape(last) in head
+    write_losses(folder, {6: 1.2})
+    page_of(folder)
+    said = capsys.readouterr().out
+    assert f"Last and best LoRA: step 6, with the lowest loss of held-out clips, 1.2000: {last}\n" in said
+    # A run that is trained further: its finished LoRA is of a step that nobody knows.
+    about = json.loads((folder / "run.json").read_text())
+    about["args"]["max_train_steps"] = 12
+    (folder / "run.json").write_text(json.dumps(about))
+    (folder / "state.json").write_text('{"state": "going"}')
+    (folder / "checkpoint-6").mkdir()
+    keep_loras(folder, 6, 8)
+    run = report.read_run(folder, "run")
+    assert run.last_lora == (8, folder / "loras" / "step-000008.safetensors")
+
+
 TICKS = "(id) => [...document.querySelectorAll(`#plot-${id} .ytick`)].map((tick) => tick.textContent)"
 
 
-def test_a_browser_shows_curves(tmp_path, open_page):
+def test_a_browser_shows_curves_and_loras(tmp_path, open_page):
     folder = make_run(tmp_path / "run", videos=(0, 2, 4, 6), lora=True)
     rows = [{"step": n, "loss": 1.3, "lr": n / 60_000, "grad_norm": n, "seconds": 2} for n in range(1, 7)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_losses(folder, {0: 1.3437, 2: 1.3388, 4: 1.3401, 6: 1.3412})
+    keep_loras(folder, 2)
     page_of(folder)
     tab = open_page(tmp_path / "page.html", 1400)
 
@@ -419,3 +460,14 @@ def test_a_browser_shows_curves(tmp_path, open_page):
     for box in tab.locator(".plot").all():
         box.hover()
     assert tab.locator(".modebar-btn").count() == 0  # plotly's toolbar, which would cover the title
+
+    lora = tab.locator(".lora")
+    assert lora.inner_text().split("\n")[0] == f"LoRA of step 6: {folder}/pytorch_lora_weights.safetensors"
+    tab.locator("#slider").fill("2")
+    assert lora.inner_text().strip() == "The LoRA of step 4 was not kept."
+    tab.locator("#slider").fill("1")
+    line = f'pipe.load_lora_weights("{folder}/loras/step-000002.safetensors")'
+    assert lora.inner_text().split("\n")[0] == f"LoRA of step 2: {folder}/loras/step-000002.safetensors"
+    assert line in lora.inner_text()
+    lora.locator(".copy").click()
+    assert tab.evaluate("getSelection().toString()") == line

@@ -86,6 +86,40 @@ class TrainingRun:
         return max([0, *saved, *(row["step"] for row in self.metrics)])
 
     @functools.cached_property
+    def is_trained(self) -> bool:
+        """Return whether no step is left. Else a finished LoRA is that of a run which is now trained further."""
+        return self.state == "finished" or self.step >= (self.max_step or 0)
+
+    @functools.cached_property
+    def kept_loras(self) -> dict[int, Path]:
+        """Return what load_lora_weights takes of each step whose LoRA was kept."""
+        kept = {int(path.name.split("-")[1]): path for path in self.checkpoints}
+        if self.has_lora and self.is_trained:
+            kept[self.step] = self.folder / LORA_FILE
+        for path in self.folder.glob("loras/step-*.safetensors"):
+            number = path.stem.split("-", 1)[1]
+            if number.isdecimal():
+                kept[int(number)] = path
+        return kept
+
+    @functools.cached_property
+    def last_lora(self) -> tuple[int, Path] | None:
+        """Return the step of the last LoRA, and what load_lora_weights takes: of a finished LoRA the whole folder."""
+        if self.has_lora and (self.is_trained or not self.kept_loras):
+            return self.step, self.folder
+        return max(self.kept_loras.items(), default=None)
+
+    @functools.cached_property
+    def best(self) -> tuple[int, float] | None:
+        """Return the step after which the loss of the held-out clips was lowest, and that loss."""
+        steps, losses = self.column("validation/loss")
+        trained = [(float(loss), step) for step, loss in zip(steps, losses, strict=True) if step > 0]
+        if not trained:
+            return None
+        loss, step = min(trained)
+        return step, loss
+
+    @functools.cached_property
     def stop(self) -> str | None:
         """Return the problem or the signal that ended the run."""
         if self.state not in ("failed", "stopped"):
@@ -293,10 +327,47 @@ def facts(run: TrainingRun) -> dict[str, str]:
     }
 
 
+def load_line(path: Path) -> str:
+    """Return the Python that loads a LoRA into the pipeline."""
+    return f"pipe.load_lora_weights({json.dumps(str(path), ensure_ascii=False)})"
+
+
+def lora_of_step(run: TrainingRun, step: int) -> tuple[str, str]:
+    """Return words about the LoRA of a step, and the line that loads it, or "" where there is none."""
+    if step in run.kept_loras:
+        path = run.kept_loras[step]
+        return f"LoRA of step {step}: {path}", load_line(path)
+    if step > 0:
+        return f"The LoRA of step {step} was not kept.", ""
+    if run.args.get("init_lora"):
+        return f"Before the training, with --init_lora {run.args['init_lora']}.", ""
+    return "Before the training: the base model without a LoRA.", ""
+
+
+def last_and_best(run: TrainingRun) -> dict[str, str]:
+    """Return words about the last LoRA and about the one with the lowest loss of held-out clips, each with the line
+    that loads it, or "" where it was not kept."""
+    last_step = run.last_lora[0] if run.last_lora else None
+    found = {}
+    if run.last_lora:
+        found[f"Last LoRA: step {last_step}"] = load_line(run.last_lora[1])
+    if run.best is None:
+        return found
+    step, loss = run.best
+    words = f"Best LoRA: step {step}, with the lowest loss of held-out clips, {loss:.4f}"
+    steps, losses = run.column("validation/loss")
+    if steps[0] == 0 and losses[0] < loss:
+        words += f" (before the training it was lower, {losses[0]:.4f})"
+    if step == last_step:
+        return {words.replace("Best LoRA", "Last and best LoRA"): load_line(run.last_lora[1])}
+    line = load_line(run.kept_loras[step]) if step in run.kept_loras else ""
+    found[words if line else f"{words}. It was not kept"] = line
+    return found
+
+
 def use_command(run: TrainingRun) -> str:
-    """Python that samples with the LoRA, or with the newest checkpoint's."""
-    folder = next(iter([run.folder] if run.has_lora else run.checkpoints[::-1]), None)
-    if folder is None:
+    """Return Python that samples with the last LoRA."""
+    if run.last_lora is None:
         return ""
     args, prompts = run.args, [text for text, _ in run.prompts]
     pipeline, base = PIPELINES.get(run.kind, PIPELINES["text-to-video"]), args.get("pretrained_model_name_or_path")
@@ -313,8 +384,8 @@ def use_command(run: TrainingRun) -> str:
     return (
         f"import torch\nfrom diffusers import {pipeline}\n"
         f"from diffusers.utils import export_to_video{', load_image' * has_image}\n\n"
-        f"pipe = {pipeline}.from_pretrained({base or 'the base model'!r}, dtype=torch.{dtype}).to('cuda')\n"
-        f"pipe.load_lora_weights({str(folder)!r})\npipe.vae.enable_tiling()\n"
+        f"pipe = {pipeline}.from_pretrained({base or 'the base model'!r}, dtype=torch.{dtype})\n"
+        f"{load_line(run.last_lora[1])}\npipe.enable_model_cpu_offload()\npipe.vae.enable_tiling()\n"
         f'video = pipe(\n{call}).frames[0]\nexport_to_video(video, "video.mp4", fps={args.get("fps") or 8})'
     )
 
@@ -537,10 +608,15 @@ def videos_section(runs: list[TrainingRun], videos: dict[str, bytes], left_out: 
         note = f"<p class=note>Left out, since the page would be too large: {words}. They are in validation/.</p>"
     slider = f'<input id="slider" type="range" min="0" max="{len(steps) - 1}" value="{len(steps) - 1}" list="marks"'
     marks = "".join(f"<option value={index}></option>" for index in range(len(steps)))
+    loras = "".join(
+        f'<div class="lora" data-run="{index}"><small></small>{command_box("")}</div>'
+        for index, own in enumerate(loras_of_videos(runs, videos))
+        if own
+    )
     return (
         f'<section id="videos"><h2>Videos</h2><div class="controls"><button id="play">Pause</button>'
         f'{slider} aria-label="step"><datalist id="marks">{marks}</datalist>'
-        f'<output id="step"></output></div>{note}{"".join(shown)}</section>'
+        f'<output id="step"></output></div>{loras}{note}{"".join(shown)}</section>'
     )
 
 
@@ -574,6 +650,21 @@ def log_section(run: TrainingRun) -> str:
     return f"<h3>Warnings and errors of the log</h3>{words}" if run.log else ""
 
 
+def loras_of_videos(runs: list[TrainingRun], videos: dict[str, bytes]) -> list[dict[int, list[str]]]:
+    """Return of each run, by the step of its videos in the page, words about the LoRA and the line that loads it."""
+    found = [{} for _ in runs]
+    for key in videos:
+        index, step = map(int, key.split("/")[:2])
+        words, line = lora_of_step(runs[index], step)
+        found[index][step] = [f"{runs[index].name}: {words}" if len(runs) > 1 else words, line]
+    return found
+
+
+def command_box(text: str) -> str:
+    """Return a command with a button that copies it."""
+    return f'<div class="command"><button class="copy">Copy</button><pre>{escape(text)}</pre></div>'
+
+
 def commands_section(run: TrainingRun) -> str:
     resume = "To resume it"
     if not names_launcher(run):
@@ -581,12 +672,7 @@ def commands_section(run: TrainingRun) -> str:
     resume += "; for more training, with a larger --max_train_steps or --num_train_epochs"
     commands = {"To use the LoRA": use_command(run), resume: resume_command(run)}
     commands["To share it, after hf auth login"] = share_command(run)
-    shown = [
-        f'<h4>{escape(title)}</h4><div class="command"><button class="copy">Copy</button>'
-        f"<pre>{escape(text)}</pre></div>"
-        for title, text in commands.items()
-        if text
-    ]
+    shown = [f"<h4>{escape(title)}</h4>{command_box(text)}" for title, text in commands.items() if text]
     return f"<h3>Commands</h3>{''.join(shown)}" if shown else ""
 
 
@@ -617,6 +703,8 @@ def comparison(runs: list[TrainingRun]) -> str:
     figures = list(map(facts, runs))
     rows = [["state", *map(state_words, runs)]]
     rows += [[name, *(own[name] for own in figures)] for name in figures[0]]
+    loras = ["\n".join(f"{words}\n{line}".strip() for words, line in last_and_best(run).items()) for run in runs]
+    rows += [["to use it", *loras]] if any(loras) else []
     settings = [{n: v for n, v in (run.args | run.settings).items() if n not in NOT_SETTINGS} for run in runs]
     names = sorted({name for values in settings for name in values})
     differing = [[name, *(plain(values.get(name)) for values in settings)] for name in names]
@@ -639,8 +727,9 @@ def head(run: TrainingRun) -> str:
     figures = {name: text for name, text in facts(run).items() if text != "–"}
     last = run.log[-1][2] if run.log and run.state != "finished" else ""
     why = f'<pre class="why">{escape(run.stop or last)}</pre>' if run.stop or last else ""
-    use = "".join(line for line in use_command(run).splitlines() if line.startswith("pipe.load_lora"))
-    use = use and f'<p>To use it: <code>{escape(use)}</code> (<a href="#details">all commands</a>)</p>'
+    use = "".join(
+        f"<h4>{escape(words)}</h4>{command_box(line) if line else ''}" for words, line in last_and_best(run).items()
+    )
     about = f"A LoRA for {escape(run.kind or 'CogVideoX')}." + (f" {', '.join(about)}." if about else "")
     return (
         f"<h1>{escape(run.name)}</h1><p class=about>{about}</p>"
@@ -675,7 +764,8 @@ def page(runs: list[TrainingRun], reload_seconds: int | None) -> str:
         curves = f"<section id=curves><h2>Curves</h2>{log}<div class=plots>{boxes}</div></section>"
     title = " and ".join(run.name for run in runs)
     many = f"<h1>{len(runs)} runs</h1><p class=about>{escape(title)}</p>{comparison(runs)}"
-    data = {"plots": drawn, "videos": {key: base64.b64encode(content).decode() for key, content in videos.items()}}
+    data = {"plots": drawn, "loras": loras_of_videos(runs, videos)}
+    data["videos"] = {key: base64.b64encode(content).decode() for key, content in videos.items()}
     parts = {
         "title": escape(title),
         "refresh": f'<meta http-equiv="refresh" content="{reload_seconds}">' if reload_seconds else "",
@@ -717,6 +807,8 @@ def summary(run: TrainingRun) -> str:
         lines.append(f"Loss of held-out clips: {held_out_words(run)}")
     if run.seconds:
         lines.append("Time          " + ", ".join(f"{name} {duration(s)}" for name, s in run.seconds.items()))
+    for words, line in last_and_best(run).items():
+        lines.append(f"{words}{': ' * bool(line)}{line}")
     if problems := Counter(level for _, level, _ in run.problems):
         lines.append("Log           " + ", ".join(f"{number} {level}" for level, number in problems.items()))
     named = {"Every step": [run.folder / "metrics.jsonl"], "LoRA": [run.folder / LORA_FILE]}
