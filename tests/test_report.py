@@ -100,8 +100,8 @@ def test_a_browser_shows_a_finished_run(finished, open_page, tmp_path, capsys):
     tab.wait_for_function(TOGETHER)  # at the start itself, a video that seeks has no frame yet
     before = tab.evaluate(CLOCK)
     assert all(state >= 2 for state, _, _ in before)
-    tab.click("#play")
-    assert all(paused for _, paused, _ in tab.evaluate(CLOCK)) and tab.inner_text("#play") == "Play"
+    tab.click(".play")
+    assert all(paused for _, paused, _ in tab.evaluate(CLOCK)) and tab.inner_text(".play") == "Play"
     assert tab.inner_text("#step") == "step 4"
     tab.locator("#slider").fill("1")
     changed = [now[2] != then[2] for now, then in zip(tab.evaluate(CLOCK), before, strict=True)]
@@ -278,13 +278,15 @@ def test_what_runs_wrote_is_escaped(tmp_path, open_page):
     folder = make_run(tmp_path / "run<b>", log=f"{WHEN}1,000 ERROR {EVIL}\n", videos=(0, 3), validation_prompt=EVIL,
                       id_token=EVIL, pretrained_model_name_or_path=EVIL, validation_images=EVIL)  # fmt: skip
     other = make_run(tmp_path / "other", rank=EVIL)
+    evil = dict.fromkeys(("lora", "prompt", "strength", "seed", "image"), EVIL)
+    write_samples(folder, [evil | {"file": "'<b>.mp4"}])
     page = page_of(folder, other)
     assert EVIL not in page and "default-src 'none'" in page
     for folders in ([folder], [folder, other]):
         page_of(*folders)
         tab = open_page(tmp_path / "page.html")
         assert tab.evaluate("window.hacked") is None and tab.locator("img").count() == 0
-        assert EVIL in tab.inner_text("h3 >> nth=0") and tab.locator("video").count() == 2
+        assert EVIL in tab.inner_text("h3 >> nth=0") and tab.locator("video").count() == 3
     assert "run<b> mean of 5 steps" in tab.text_content("#plot-loss .legend")
 
 
@@ -441,15 +443,39 @@ def test_the_last_and_the_best_lora_are_named(tmp_path, capsys):
     assert run.last_lora == (8, folder / "loras" / "step-000008.safetensors")
 
 
+def write_samples(folder: Path, rows: list[dict]) -> None:
+    (folder / "samples").mkdir(exist_ok=True)
+    for row in rows:
+        if "/" not in row["file"]:
+            tiny.write_clip(folder / "samples" / row["file"], tiny.moving_square(9, 64, 96, (90, 40, 40)))
+    (folder / "samples" / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"file": "')
+
+
+def sample(lora: str, step: int, strength: float, file: str, **more) -> dict:
+    row = {"lora": lora, "step": step, "strength": strength, "prompt": "a cube", "image": None, "seed": 42}
+    return row | {"file": file} | more
+
+
+GRID = """() => [...document.querySelectorAll('.samples')].map((table) => [...table.rows].map((row) =>
+    [...row.cells].map((cell) => cell.innerText.trim()).join(' | ')))"""
 TICKS = "(id) => [...document.querySelectorAll(`#plot-${id} .ytick`)].map((tick) => tick.textContent)"
 
 
-def test_a_browser_shows_curves_and_loras(tmp_path, open_page):
+def test_a_browser_shows_curves_loras_and_samples(tmp_path, open_page):
     folder = make_run(tmp_path / "run", videos=(0, 2, 4, 6), lora=True)
     rows = [{"step": n, "loss": 1.3, "lr": n / 60_000, "grad_norm": n, "seconds": 2} for n in range(1, 7)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_losses(folder, {0: 1.3437, 2: 1.3388, 4: 1.3401, 6: 1.3412})
     keep_loras(folder, 2)
+    write_samples(
+        folder,
+        [
+            sample("last", 6, 1.0, "a.mp4"), sample("last", 6, 0.8, "b.mp4"),
+            sample("step-000002", 2, 1.0, "c.mp4"), sample("step-000002", 2, 0.8, "d.mp4", prompt="replaced"),
+            sample("step-000002", 2, 0.8, "d.mp4"), sample("last", 6, 1, "e.mp4", seed=7),
+            sample("last", 6, 0.25, "f.mp4"), sample("last", 6, 1, "../report.html"),
+        ],
+    )  # fmt: skip
     page_of(folder)
     tab = open_page(tmp_path / "page.html", 1400)
 
@@ -471,3 +497,35 @@ def test_a_browser_shows_curves_and_loras(tmp_path, open_page):
     assert line in lora.inner_text()
     lora.locator(".copy").click()
     assert tab.evaluate("getSelection().toString()") == line
+
+    assert tab.locator("#samples h3").all_inner_texts() == ["“a cube” seed 42", "“a cube” seed 7"]
+    words = "step {0}, strength {1}, seed 42"
+    assert tab.evaluate(GRID) == [
+        [
+            " | strength 0.25 | strength 0.8 | strength 1",
+            f"step 2 |  | {words.format(2, 0.8)} | {words.format(2, 1)}",
+            f"step 6, last | {words.format(6, 0.25)} | {words.format(6, 0.8)} | {words.format(6, 1)}",
+        ],
+        [" | strength 1", "step 6, last | step 6, strength 1, seed 7"],
+    ]
+    assert tab.locator("video").count() == 2 + 6
+    tab.wait_for_function(TOGETHER)
+    tab.click("#samples .play")
+    assert all(paused for _, paused, _ in tab.evaluate(CLOCK))
+
+    phone = open_page(tmp_path / "page.html", 390)
+    assert phone.evaluate(OVERFLOW) == 0
+    box = phone.locator("#samples .wide").first
+    assert box.evaluate("(box) => { box.scrollLeft = 50; return box.scrollLeft; }") == 50  # it scrolls by itself
+
+
+def test_samples_count_into_the_limit_of_the_videos(tmp_path, monkeypatch):
+    folder = make_run(tmp_path / "run", videos=(0, 1, 2))
+    write_samples(folder, [sample("last", 6, n, f"{n}.mp4") for n in range(3)])
+    sizes = [path.stat().st_size for path in sorted(folder.glob("validation/*"))]
+    of_sample = (folder / "samples" / "0.mp4").stat().st_size
+    monkeypatch.setattr(report, "VIDEO_LIMIT", sizes[0] + sizes[2] + 2 * of_sample)
+    page = page_of(folder)
+    data = data_of(page)
+    assert list(data["videos"]) == ["0/0/0/0", "0/2/0/0"] and sorted(data["samples"]) == ["0/1.mp4", "0/2.mp4"]
+    assert "not in the page: 0.mp4" in page and "1 of the samples are not in the page" in page

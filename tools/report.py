@@ -3,9 +3,10 @@
     python tools/report.py OUTPUT_DIR [OUTPUT_DIR ...] [--watch] [--page FILE.html]
 
 Reads what the runs left in their output folders; needs no GPU and loads no model. The page has the validation videos
-by step, the curves, the time by stage, the warnings of the log, the settings, and the commands that use, resume and
-share the LoRA. Several folders are compared: their curves in one plot, the settings that differ in a table. --watch
-writes the page again and again until the runs have ended.
+by step with the LoRA of each, the samples of tools/sample.py as a grid, the curves (they need plotly), the time by
+stage, the warnings of the log, the settings, and the commands that use, resume and share the LoRA. Several folders are
+compared: their curves in one plot, the settings that differ in a table. --watch waits until the runs have begun, and
+writes the page again and again until they have ended.
 """
 
 import argparse
@@ -66,6 +67,7 @@ class TrainingRun:
     max_step: int | None
     prompts: list[tuple[str, str | None]]  # of the videos, each with the path of its start image
     videos: dict[tuple[int, int, int], Path]  # by step, index in `prompts` and number
+    samples: list[dict]  # lines of samples/index.jsonl, the newest last
 
     def column(self, name: str) -> tuple[list[int], np.ndarray]:
         """Steps and values of the lines of metrics.jsonl that have a finite number `name`."""
@@ -211,6 +213,18 @@ def read_videos(folder: Path, args: dict) -> tuple[list, dict]:
     return prompts, videos
 
 
+def read_samples(folder: Path) -> list[dict]:
+    """Return the lines of samples/index.jsonl. A later line of the same file replaces the earlier one."""
+    found = {}
+    for row in map(read_json, read_text(folder / "samples" / "index.jsonl").splitlines()):
+        name = row.get("file")
+        # A path could name any file of this machine, which the page would then have in it.
+        if isinstance(name, str) and name and Path(name).name == name:
+            found.pop(name, None)
+            found[name] = row
+    return list(found.values())
+
+
 def read_log(path: Path) -> list[list[str]]:
     """Time, level and message of each entry; a message may have several lines."""
     entries = []
@@ -255,7 +269,8 @@ def read_run(folder: Path, name: str) -> TrainingRun:
     rows, stages = read_rows(folder / "metrics.jsonl"), read_rows(folder / "stages.jsonl")
     command, log = str(about.get("command") or ""), read_log(folder / "train.log")
     return TrainingRun(
-        folder, name, kind, command, args, settings, rows, stages, log, ended, max_step, prompts, videos
+        folder, name, kind, command, args, settings, rows, stages, log, ended, max_step, prompts, videos,
+        read_samples(folder),
     )
 
 
@@ -537,21 +552,28 @@ def chosen_videos(runs: list[TrainingRun]) -> tuple[dict[str, bytes], dict[str, 
         kept |= {min(own), max(own)} if own else set()
     sizes = {step: sum(map(len, found.values())) for step, found in files.items()}
     total = sum(sizes[step] for step in kept)
+    samples = {}
+    for index, run in enumerate(runs):
+        for row in reversed(run.samples):
+            path = run.folder / "samples" / row["file"]
+            content = path.read_bytes() if path.is_file() else b""
+            if is_whole(content) and total + len(content) <= VIDEO_LIMIT:
+                samples[f"{index}/{row['file']}"] = content
+                total += len(content)
     for step in sorted(files.keys() - kept, reverse=True):
         if (total := total + sizes[step]) > VIDEO_LIMIT:
             break
         kept.add(step)
     videos = {key: content for step in sorted(kept) for key, content in files[step].items()}
-    return videos, sorted(files.keys() - kept)
+    return videos, samples, sorted(files.keys() - kept)
 
 
-def start_image(run: TrainingRun, prompt: int) -> str:
-    """The start image of a prompt as a `figure`, cropped as the script crops it, if it is on this machine."""
-    path, card_image = run.prompts[prompt][1], run.folder / "first_frame.png"
+def start_image(run: TrainingRun, path: str | None, *copies: Path) -> str:
+    """Return the start image of a prompt as a `figure`, cropped as the script crops it, if it or a copy is here."""
     if path is None:
         return ""
     shown = f'<p class="gone">not on this machine: {escape(path)}</p>'
-    for candidate in [Path(path), *([card_image] if prompt == 0 else [])]:
+    for candidate in (Path(path), *copies):
         try:
             image = ImageOps.exif_transpose(Image.open(candidate)).convert("RGB")
         except (OSError, ValueError, Image.DecompressionBombError):
@@ -593,7 +615,9 @@ def videos_section(runs: list[TrainingRun], videos: dict[str, bytes], left_out: 
             groups.setdefault(key, []).append((index, prompt))
     shown = []
     for (text, _), members in groups.items():
-        image, rows = start_image(runs[members[0][0]], members[0][1]), []
+        run, prompt = runs[members[0][0]], members[0][1]
+        copies = [run.folder / "first_frame.png"] if prompt == 0 else []  # which the model card shows
+        image, rows = start_image(run, run.prompts[prompt][1], *copies), []
         for number in sorted({int(key.split("/")[3]) for key in videos}):
             if cells := video_cells(runs, members, number, videos):
                 rows.append(f'<div class="row">{image}{"".join(cells)}</div>')
@@ -614,10 +638,82 @@ def videos_section(runs: list[TrainingRun], videos: dict[str, bytes], left_out: 
         if own
     )
     return (
-        f'<section id="videos"><h2>Videos</h2><div class="controls"><button id="play">Pause</button>'
+        f'<section id="videos"><h2>Videos</h2><div class="controls"><button class="play">Pause</button>'
         f'{slider} aria-label="step"><datalist id="marks">{marks}</datalist>'
         f'<output id="step"></output></div>{loras}{note}{"".join(shown)}</section>'
     )
+
+
+def loras_of_videos(runs: list[TrainingRun], videos: dict[str, bytes]) -> list[dict[int, list[str]]]:
+    """Return of each run, by the step of its videos in the page, words about the LoRA and the line that loads it."""
+    found = [{} for _ in runs]
+    for key in videos:
+        index, step = map(int, key.split("/")[:2])
+        words, line = lora_of_step(runs[index], step)
+        found[index][step] = [f"{runs[index].name}: {words}" if len(runs) > 1 else words, line]
+    return found
+
+
+def number_words(value) -> str:
+    """Return a number of samples/index.jsonl as words, or whatever else is there."""
+    if is_number(value):
+        return f"{value:g}" if isinstance(value, float) else str(value)
+    return plain(value)
+
+
+def samples_section(runs: list[TrainingRun], samples: dict[str, bytes]) -> str:
+    """Return the samples of tools/sample.py: for each prompt, image and seed a table of LoRAs and strengths."""
+    grids: dict[tuple, list[tuple[int, dict]]] = {}
+    for index, run in enumerate(runs):
+        for row in run.samples:
+            image = row.get("image")
+            key = (str(row.get("prompt")), None if image is None else str(image), number_words(row.get("seed")))
+            grids.setdefault(key, []).append((index, row))
+    if not grids:
+        return ""
+    missing = sum(len(run.samples) for run in runs) - len(samples)
+    note = ""
+    if missing:
+        note = f"<p class=note>{missing} of the samples are not in the page, since it would be too large, or since "
+        note += "they are not whole files in samples/.</p>"
+    shown = []
+    for (prompt, image, seed), members in grids.items():
+        start = start_image(runs[members[0][0]], image)
+        title = f"<h3>“{escape(prompt)}” <small>seed {escape(seed)}</small></h3>"
+        shown.append(f'{title}<div class="grid">{start}{sample_grid(runs, members, samples)}</div>')
+    return (
+        f'<section id="samples"><h2>Samples</h2><div class="controls"><button class="play">Pause</button></div>'
+        f"{note}{''.join(shown)}</section>"
+    )
+
+
+def sample_grid(runs: list[TrainingRun], members: list[tuple[int, dict]], samples: dict[str, bytes]) -> str:
+    """Return the samples of one prompt, image and seed as a table: a row for each LoRA, a column for each strength."""
+    cells: dict[tuple, dict[str, str]] = {}
+    strengths = {}
+    for index, row in members:
+        strength = number_words(row.get("strength"))
+        strengths[strength] = row["strength"] if is_number(row.get("strength")) else math.inf
+        step = row["step"] if is_number(row.get("step")) else -1
+        own = cells.setdefault((index, step, row.get("lora") == "last", str(row.get("lora"))), {})
+        own[strength] = own.get(strength, "") + sample_cell(index, row, samples)
+    columns = sorted(strengths, key=strengths.get)
+    rows = []
+    for (index, step, is_last, lora), own in sorted(cells.items()):
+        name = f"{runs[index].name}, " if len(runs) > 1 else ""
+        name += f"step {step:g}" if step >= 0 else lora
+        rows.append([name + ", last" * is_last, *(Markup(own.get(strength, "")) for strength in columns)])
+    return table(["", *(f"strength {strength}" for strength in columns)], rows, "samples")
+
+
+def sample_cell(index: int, row: dict, samples: dict[str, bytes]) -> str:
+    """Return one sample as a `figure`."""
+    words = ", ".join(f"{name} {number_words(row.get(name))}" for name in ("step", "strength", "seed"))
+    shown = f'<p class="gone">not in the page: {escape(row["file"])}</p>'
+    key = f"{index}/{row['file']}"
+    if key in samples:
+        shown = f'<video muted playsinline preload="auto" data-sample="{escape(key)}"></video>'
+    return f"<figure>{shown}<figcaption>{escape(words)}</figcaption></figure>"
 
 
 def time_section(run: TrainingRun) -> str:
@@ -648,16 +744,6 @@ def log_section(run: TrainingRun) -> str:
     ]
     words = f"<ul class=log>{''.join(entries)}</ul>" if entries else "<p>No warning and no error.</p>"
     return f"<h3>Warnings and errors of the log</h3>{words}" if run.log else ""
-
-
-def loras_of_videos(runs: list[TrainingRun], videos: dict[str, bytes]) -> list[dict[int, list[str]]]:
-    """Return of each run, by the step of its videos in the page, words about the LoRA and the line that loads it."""
-    found = [{} for _ in runs]
-    for key in videos:
-        index, step = map(int, key.split("/")[:2])
-        words, line = lora_of_step(runs[index], step)
-        found[index][step] = [f"{runs[index].name}: {words}" if len(runs) > 1 else words, line]
-    return found
 
 
 def command_box(text: str) -> str:
@@ -748,7 +834,8 @@ def plotly_code() -> str:
 
 def page(runs: list[TrainingRun], reload_seconds: int | None) -> str:
     """The whole page. What the runs wrote is escaped, and the page's own policy forbids it every request."""
-    (videos, left_out), drawn = chosen_videos(runs), plots(runs)
+    videos, samples, left_out = chosen_videos(runs)
+    drawn = plots(runs)
     details = []
     for run in runs:
         text = time_section(run) + log_section(run) + commands_section(run) + settings_section(run)
@@ -765,12 +852,14 @@ def page(runs: list[TrainingRun], reload_seconds: int | None) -> str:
     title = " and ".join(run.name for run in runs)
     many = f"<h1>{len(runs)} runs</h1><p class=about>{escape(title)}</p>{comparison(runs)}"
     data = {"plots": drawn, "loras": loras_of_videos(runs, videos)}
-    data["videos"] = {key: base64.b64encode(content).decode() for key, content in videos.items()}
+    for name, files in (("videos", videos), ("samples", samples)):
+        data[name] = {key: base64.b64encode(content).decode() for key, content in files.items()}
     parts = {
         "title": escape(title),
         "refresh": f'<meta http-equiv="refresh" content="{reload_seconds}">' if reload_seconds else "",
         "head": head(runs[0]) if len(runs) == 1 else many,
         "videos": videos_section(runs, videos, left_out),
+        "samples": samples_section(runs, samples),
         "curves": curves,
         "details": "".join(details),
         "written": datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S"),
