@@ -470,10 +470,10 @@ def test_a_browser_shows_curves_loras_and_samples(tmp_path, open_page):
     write_samples(
         folder,
         [
-            sample("last", 6, 1.0, "a.mp4"), sample("last", 6, 0.8, "b.mp4"),
+            sample("final", 6, 1.0, "a.mp4"), sample("final", 6, 0.8, "b.mp4"),
             sample("step-000002", 2, 1.0, "c.mp4"), sample("step-000002", 2, 0.8, "d.mp4", prompt="replaced"),
-            sample("step-000002", 2, 0.8, "d.mp4"), sample("last", 6, 1, "e.mp4", seed=7),
-            sample("last", 6, 0.25, "f.mp4"), sample("last", 6, 1, "../report.html"),
+            sample("step-000002", 2, 0.8, "d.mp4"), sample("final", 6, 1, "e.mp4", seed=7),
+            sample("final", 6, 0.25, "f.mp4"), sample("final", 6, 1, "../report.html"),
         ],
     )  # fmt: skip
     page_of(folder)
@@ -521,7 +521,7 @@ def test_a_browser_shows_curves_loras_and_samples(tmp_path, open_page):
 
 def test_samples_count_into_the_limit_of_the_videos(tmp_path, monkeypatch):
     folder = make_run(tmp_path / "run", videos=(0, 1, 2))
-    write_samples(folder, [sample("last", 6, n, f"{n}.mp4") for n in range(3)])
+    write_samples(folder, [sample("final", 6, n, f"{n}.mp4") for n in range(3)])
     sizes = [path.stat().st_size for path in sorted(folder.glob("validation/*"))]
     of_sample = (folder / "samples" / "0.mp4").stat().st_size
     monkeypatch.setattr(report, "VIDEO_LIMIT", sizes[0] + sizes[2] + 2 * of_sample)

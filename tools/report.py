@@ -695,7 +695,7 @@ def sample_grid(runs: list[TrainingRun], members: list[tuple[int, dict]], sample
         strength = number_words(row.get("strength"))
         strengths[strength] = row["strength"] if is_number(row.get("strength")) else math.inf
         step = row["step"] if is_number(row.get("step")) else -1
-        own = cells.setdefault((index, step, row.get("lora") == "last", str(row.get("lora"))), {})
+        own = cells.setdefault((index, step, row.get("lora") == "final", str(row.get("lora"))), {})
         own[strength] = own.get(strength, "") + sample_cell(index, row, samples)
     columns = sorted(strengths, key=strengths.get)
     rows = []
