@@ -376,7 +376,7 @@ def warn_of_settings(args: Namespace, max_train_steps: int) -> None:
         logger.warning(f"{flags}: the LoRA is applied at {strength:g}, which is alpha / rank; {advice}.")
     for sampled_from in validation_inputs(args):
         prompt = sampled_from["prompt"]
-        if args.id_token and args.id_token.lower() not in prompt.lower():
+        if args.id_token and args.id_token not in prompt:
             advice = "write it into --validation_prompt, or the samples do not show what is learned"
             logger.warning(f"--id_token {args.id_token} is not in the validation prompt {prompt!r}: {advice}.")
     if max_train_steps < 100:

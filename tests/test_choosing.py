@@ -106,6 +106,7 @@ def test_best_without_held_out_clips_is_refused(script, run):
     [
         ({"rank": 8, "lora_alpha": None}, "--rank 8 with --lora_alpha 128: the LoRA is applied at 16"),
         ({"rank": 64, "lora_alpha": 4}, "--rank 64 with --lora_alpha 4: the LoRA is applied at 0.0625"),
+        ({"validation_prompt": "T a:::t b", "id_token": "T"}, "--id_token T is not in the validation prompt 't b'"),
         (ASK | {"id_token": "TOK"}, "--id_token TOK is not in the validation prompt 'a red square': write it into"),
         ({"max_train_steps": 1}, "The number of steps, 1, is too low to learn from"),
     ],
@@ -123,7 +124,7 @@ def words_of(flags: dict) -> list[str]:
 def test_usual_settings_are_no_warning(script, run, caplog):
     args = script.get_args(
         ["--pretrained_model_name_or_path", "m", "--rank", "64", "--lora_alpha", "32", "--id_token", "TOK"]
-        + ["--validation_prompt", "tok a boat"]
+        + ["--validation_prompt", "TOK a boat"]
     )
     script.warn_of_settings(args, 100)
     assert caplog.records == []
