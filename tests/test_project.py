@@ -32,7 +32,7 @@ BASH = [block for language, block in BLOCKS if language == "bash"]
 (CARRY_OVER,) = [block for block in BASH if block.startswith("git diff")]
 (TRAIN,) = [block for block in BASH if block.startswith("accelerate launch")]
 ROWS = re.findall(
-    r"^\| CogVideoX-?(\S+) \| `(--pretrained\S+ \S+)` \| (?:`(--[^|]+)`|the flags of both)? ?\|$", README, re.M
+    r"^\| CogVideoX-?(\S+) \| `(THUDM/\S+)` \| (?:`(--[^|]+)`|those of the two rows above)? ?\|$", README, re.M
 )
 MODELS = {"2b": None} | {name.lower(): (model, more) for name, model, more in ROWS}
 assert list(MODELS) == ["2b", "5b", "5b-i2v", "1.5-5b", "1.5-5b-i2v"]
@@ -75,7 +75,7 @@ def readme_command(model: str, launch: str) -> list[str]:
     if MODELS[model] is not None:
         name, more = MODELS[model]
         both = " ".join(flags for key, (_, flags) in list(MODELS.items())[1:] if key in ("5b-i2v", "1.5-5b"))
-        words[4] = name.split()[1]
+        words[4] = name
         words[words.index("fp16")] = "bf16"
         words += (more or (both if model == "1.5-5b-i2v" else "")).split()
         if "i2v" in model:
