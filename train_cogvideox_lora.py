@@ -3423,8 +3423,11 @@ def send_videos(accelerator: Accelerator, files: list[Path], caption: str, step:
             elif tracker.name == "comet_ml":
                 tracker.tracker.log_video(str(file), name=name, step=step)
             elif tracker.name == "tensorboard":  # as a grid of frames: its videos need moviepy
-                clip = open_clip(VideoRecord("", str(file)))
-                frames = clip.read(list(range(len(clip.times) - 1)))  # [F, H, W, C]; the last time is the end
+                # Not by `open_clip`: the processes that read batches are forked from this one. There, to free what
+                # PyAV holds here would wait forever for its threads. This reader is a process of its own.
+                import imageio
+                with imageio.get_reader(file, "ffmpeg") as video:
+                    frames = np.stack(list(video.iter_data()))  # [F, H, W, C]
                 tracker.log_images({name: frames}, step=step, dataformats="NHWC")
 
 

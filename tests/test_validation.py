@@ -46,6 +46,15 @@ def test_every_n_steps_in_place_of_epochs(run):
     assert steps == ["test_step-000007", *(f"validation_step-00000{step}" for step in (0, 3, 6))]
 
 
+def test_the_process_that_forks_the_loading_workers_decodes_no_video(script, run, monkeypatch):
+    """A worker would inherit PyAV's objects without their threads, and wait forever for them when it frees them."""
+    opened = []  # in this process: those that decode the clips have a list of their own
+    open_video = script.VideoFile.open
+    monkeypatch.setattr(script.VideoFile, "open", lambda video: opened.append(video.source) or open_video(video))
+    run(**ASK, report_to="tensorboard", dataloader_num_workers=2)
+    assert opened == []
+
+
 def sampled(script, run, monkeypatch, **changes):
     """The pixels of a run's validation videos, as the pipeline returns them."""
     videos = []
