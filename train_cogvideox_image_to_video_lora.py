@@ -941,10 +941,12 @@ def publish(run: Run, step: int, videos: list[tuple[str, Path]], repo_id: str | 
             HfApi(token=args.hub_token).create_commit(repo_id, uploads, commit_message="LoRA, its card and samples")
         logger.info(f"Uploaded {', '.join(names)} to {repo_id}")
     logger.info(f"Done. {output_dir} has the LoRA, its card (README.md) and each step's loss (metrics.jsonl).")
-    logger.info("For more steps or epochs: the same command with these and --resume_from_checkpoint latest.")
+    longer = "--resume_from_checkpoint latest and a larger --max_train_steps or --num_train_epochs"
+    logger.info(f"To train longer: the same command with {longer}.")
     logger.info(f"To look at the run: python tools/report.py {shlex.quote(args.output_dir)}")
-    logger.info(f"To use the LoRA of step {step}: pipe.load_lora_weights({args.output_dir!r})")
     best = best_step(output_dir)
+    which = f"step {step}, with the lowest held-out loss" if best == step else f"step {step}"
+    logger.info(f"To use the LoRA of {which}: pipe.load_lora_weights({args.output_dir!r})")
     if best not in (None, step):
         path = str(lora_path(output_dir, best))
         logger.info(f"To use the one with the lowest held-out loss, of step {best}: pipe.load_lora_weights({path!r})")
@@ -3777,7 +3779,7 @@ def log_device(accelerator: Accelerator) -> None:
             "torch sees no GPU, so the training runs on the CPU, where a step of a published model takes an hour or "
             f"more. Check that `nvidia-smi` lists the GPU (the driver), that CUDA_VISIBLE_DEVICES does not hide it, "
             f"and that torch is built for it (torch {torch.__version__} is built for {build}). If the CPU is what "
-            "you want, set ACCELERATE_USE_CPU=true."
+            "you want, set ACCELERATE_USE_CPU=true, or give --cpu to accelerate launch."
         )
 
 

@@ -66,7 +66,8 @@ def test_the_best_lora_can_be_the_final_one(script, run, monkeypatch, caplog):
     video = output / "validation" / "validation_step-000004_prompt-0_video-0.mp4"
     assert (output / "final_video_0.mp4").read_bytes() == video.read_bytes()
     assert "\n| steps | 4 |\n" in (output / "README.md").read_text()
-    assert f"To use the LoRA of step 4: pipe.load_lora_weights('{output}')" in caplog.text
+    last_line = f"To use the LoRA of step 4, with the lowest held-out loss: pipe.load_lora_weights('{output}')"
+    assert caplog.messages[-1] == last_line
     assert json.loads((output / "state.json").read_text()) == {"state": "finished", "step": 6, "lora_step": 4}
 
 
