@@ -148,6 +148,11 @@ def test_a_run_that_is_going(tmp_path, capsys):
     for path in folder.iterdir():
         os.utime(path, (old, old))
     assert "silent since step 4 of 6" in page_of(folder)
+    for path in folder.iterdir():
+        os.utime(path, (time.time() - 100,) * 2)
+    assert "going: step 4 of 6" in page_of(folder)
+    (folder / ".lock").touch()  # which nobody holds
+    assert "silent since step 4 of 6" in page_of(folder)
 
 
 def test_a_run_that_was_stopped(script, tmp_path, capsys):

@@ -13,6 +13,7 @@ import argparse
 import base64
 import dataclasses
 import datetime
+import fcntl
 import functools
 import html
 import io
@@ -41,6 +42,7 @@ STAGES = ("encoding prompts", "encoding videos", "training", "sampling", "saving
 VIDEO_LIMIT = 80 * 10**6  # bytes of videos in a page: more than this takes a browser long to open
 POINT_LIMIT = 4000  # of a curve; a browser draws more of them slowly
 QUIET_SECONDS = 900  # without a word, after which a run counts as ended; no stage but the sampling is silent for long
+UNLOCKED_SECONDS = 60  # the same, where no process of this machine holds the run's lock: it may be of another machine
 NOT_SETTINGS = {"output_dir", "resume_from_checkpoint", "hub_token"}
 COLORS = ("#3b7dd8", "#e07b39", "#2f9e6e", "#b4559f", "#c29a1c", "#5f6bd4", "#c94f4f", "#3a9fb5")  # on white and black
 BARS = "▁▂▃▄▅▆▇█"
@@ -147,7 +149,8 @@ class TrainingRun:
         if not self.ended and self.has_lora and self.step >= (self.max_step or 0):  # of an older version
             return "finished"
         written = [path.stat().st_mtime for name in WRITTEN[:5] for path in self.folder.glob(name)]
-        return "going" if written and time.time() - max(written) < QUIET_SECONDS else "silent"
+        most = QUIET_SECONDS if is_locked(self.folder) else UNLOCKED_SECONDS
+        return "going" if written and time.time() - max(written) < most else "silent"
 
     @functools.cached_property
     def seconds(self) -> dict[str, float]:
@@ -158,6 +161,17 @@ class TrainingRun:
                 found[str(row.get("stage"))] += row["seconds"]
         order = [*STAGES, *(found.keys() - set(STAGES))]
         return {name: found[name] for name in order if found[name]}
+
+
+def is_locked(folder: Path) -> bool:
+    """Return whether a run holds the lock of its output folder, or may hold it: older runs and some file systems have
+    none."""
+    try:
+        with (folder / ".lock").open() as lock:
+            fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    return False
 
 
 def is_number(value) -> bool:
@@ -953,6 +967,8 @@ def main(argv: list[str] | None = None) -> None:
             runs = write_page(args.folders, path, args.watch)
             moment = datetime.datetime.now().strftime("%H:%M:%S")
             print(f"{moment} " + "; ".join(f"{run.name} {state_words(run)}" for run in runs), flush=True)
+        if args.watch:
+            print("\n".join(map(summary, runs)), flush=True)
     except KeyboardInterrupt:
         write_page(args.folders, path)
 
