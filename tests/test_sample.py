@@ -61,7 +61,7 @@ def test_samples_are_those_of_the_training(script, output, kind):  # noqa: ARG00
 
 
 def test_strength_is_that_of_set_adapters(script, output, model):
-    (row,) = sampled(output, "--strengths", "0.5", "--prompts", "a cat", "--seeds", "3", "--num_inf", "1")
+    (row,) = sampled(output, "--strength", "0.5", "--prompt", "a cat", "--seed", "3", "--num_inf", "1")
     pipe = script.PIPELINE.from_pretrained(model)
     pipe.load_lora_weights(str(output))
     pipe.set_adapters(pipe.get_active_adapters(), 0.5)

@@ -174,24 +174,25 @@ def main(argv: list[str] | None = None) -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument("folder", type=Path, metavar="OUTPUT_DIR", help="--output_dir of a run")
-    parser.add_argument("--prompts", nargs="+", metavar="TEXT", help="default: those of --validation_prompt")
+    prompts = "default: those of --validation_prompt"
+    parser.add_argument("--prompts", "--prompt", nargs="+", metavar="TEXT", help=prompts)
     images = "start images, one for all prompts or one for each (image-to-video); default: --validation_images"
-    parser.add_argument("--images", nargs="+", metavar="FILE", help=images)
+    parser.add_argument("--images", "--image", nargs="+", metavar="FILE", help=images)
     steps = "LoRAs of these steps, of loras/ or of checkpoints; default: the finished LoRA"
-    parser.add_argument("--steps", nargs="+", type=int, metavar="N", help=steps)
+    parser.add_argument("--steps", "--step", nargs="+", type=int, metavar="N", help=steps)
     strengths = "how strongly the LoRA is applied: 1 is as trained, 0 the base model alone; default: 1"
-    parser.add_argument("--strengths", nargs="+", type=float, default=[1.0], metavar="X", help=strengths)
+    parser.add_argument("--strengths", "--strength", nargs="+", type=float, default=[1.0], metavar="X", help=strengths)
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="default: --seed of the run, or 0")
     own, flags = parser.parse_known_args(argv)
     about = read_json(own.folder / "run.json")
     if about.get("kind") not in SCRIPTS or "pretrained_model_name_or_path" not in about.get("args", {}):
         parser.exit(2, f"sample.py: error: {own.folder / 'run.json'} is missing: is this the --output_dir of a run?\n")
-    if own.seeds is None:
-        own.seeds = [about["args"].get("seed") or 0]
     script = load_script(ROOT / SCRIPTS[about["kind"]])
     script.set_up_logging()
     with ending_as(script, "sample.py"):
-        sample(script, run_args(script, own, flags, about), own)
+        args = run_args(script, own, flags, about)
+        own.seeds = own.seeds or [args.seed or 0]
+        sample(script, args, own)
     script.logger.info(f"To look at them: python tools/report.py {own.folder}")
 
 
