@@ -490,6 +490,7 @@ def test_less_recomputation_is_advised_where_it_fits(script, flags):
 
 
 def test_a_card_is_named_or_its_memory_is(script, flags, capsys):
+    assert cards.gpu_name("NVIDIA GeForce RTX 4090") == "4090" and cards.gpu_name("RTX A6000") == "a6000"
     assert cards.gpu_name("4090") == "4090" and cards.gpu_name("2080Ti") == "2080ti" and cards.gpu_name("16GB") == "16"
     for wrong in ("9999", "gtx", "0", "nan"):
         with pytest.raises(argparse.ArgumentTypeError, match="number of GB"):

@@ -1,6 +1,7 @@
 """The GPUs that tools/plan.py knows: their memory and their rates."""
 
 import argparse
+import re
 from typing import NamedTuple
 
 CUDA_CONTEXT = 0.6  # GiB that CUDA and its libraries take for themselves
@@ -51,7 +52,7 @@ def card_of(gpu: str) -> Card:
 
 def gpu_name(text: str) -> str:
     """Return the value of --gpu in lower case. Raises argparse.ArgumentTypeError."""
-    name = text.lower().removesuffix("gb").strip()
+    name = re.sub(r"nvidia|geforce|rtx|[\s-]", "", text.lower()).removesuffix("gb")
     try:
         card_of(name)
     except ValueError:
