@@ -273,7 +273,7 @@ def test_moving_picture_plays_as_fast_as_the_model_is_taught(flags, tmp_path):
     (card,) = read_page(tmp_path / "output" / "preview.html")
     assert [frame.mean() for frame in card.moving] == pytest.approx(levels[::2].ravel().tolist(), abs=2.5)
     assert "--frames: 25; --seconds: 3.062s;" in card.source  # 49 / 16
-    assert "as it is taught: 49 frames in 3.1 s (1 of 2 is shown)" in card.source
+    assert "as it is taught: 49 frames in 3.1 s, at 0.7 times its speed (1 of 2 is shown)" in card.source
 
 
 def test_a_moving_picture_is_small_even_of_noise():

@@ -508,6 +508,9 @@ def player(view: View, fps: float) -> str:
     used = len(view.indices)
     step = frame_step(used)
     words = f"as it is taught: {used} frames in {used / fps:.1f} s"
+    speed = view.speed(fps)
+    if abs(speed - 1) > 0.1:
+        words += f", at {speed:.1f} times its speed"
     words += f" (1 of {step} is shown)" if step > 1 else ""
     style = f"--frames: {math.ceil(used / step)}; --seconds: {used / fps:.3f}s; "
     style += f"--aspect: {view.size[1] / view.size[0]:.4f}; background-image: url({data_url(view.moving)})"
