@@ -1880,11 +1880,13 @@ def read_captions_beside(root: Path, missing_file: str) -> list[VideoRecord]:
     for text_file in captions:
         if text_file not in used:
             alone.append(f"{text_file}: it has no clip")
-    if alone or not records:
+    if not alone and not records:
+        raise RunError(f"{root} has no clips, and no file {missing_file}")
+    if alone:
         layout = f"{root} has no file {missing_file}, and is no folder of clips with a .txt file beside each"
         if (root / "prompts.txt").is_file() and (root / "videos.txt").is_file():
             layout += " (--caption_column prompts.txt --video_column videos.txt names the two files of lines there)"
-        raise RunError(f"{layout}:\n{listing(alone or ['it has no clips'])}")
+        raise RunError(f"{layout}:\n{listing(alone)}")
     return records
 
 

@@ -68,7 +68,7 @@ def test_a_clip_or_a_caption_alone_is_refused(script, beside):
         assert line in str(error.value)
     assert "long.mp4" not in str(error.value)
     (beside / "empty").mkdir()
-    with pytest.raises(script.RunError, match="it has no clips"):
+    with pytest.raises(script.RunError, match="has no clips, and no file"):
         script.VideoDataset(str(beside / "empty"))
     (beside / "two.txt").write_bytes(b"caf\xe9")  # Latin-1
     with pytest.raises(script.RunError, match="two.txt cannot be read as UTF-8"):

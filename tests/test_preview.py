@@ -349,7 +349,7 @@ def test_what_cannot_be_previewed_is_one_message(clips, tmp_path, capsys, case):
         (clips / "prompts.txt").unlink()
         (clips / "videos.txt").unlink()
     words, messages = {
-        "empty": (["empty"], ["empty has no file prompts.txt, and is no folder of clips", "it has no clips"]),
+        "empty": (["empty"], ["empty has no clips, and no file prompts.txt"]),
         "no captions": (["clips"], ["clips has no file prompts.txt", "videos/03.mp4: it has no caption"]),
         "nowhere": (["nowhere"], ["there is no file or folder nowhere: first give a folder"]),
         "wrong flag": (["clips", "--heigth", "64"], ["--heigth 64 (did you mean --height?)"]),
