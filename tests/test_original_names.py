@@ -46,7 +46,7 @@ def test_the_videos_of_a_data_set_are_a_sequence(script, clips):
 
 
 def test_a_problem_with_the_data_is_a_value_error(script, tmp_path):
-    with pytest.raises(ValueError, match="has no file text"):
+    with pytest.raises(ValueError, match="has no clips, and no file text"):
         script.VideoDataset(str(tmp_path))
 
 
