@@ -448,6 +448,22 @@ def test_the_last_and_the_best_lora_are_named(tmp_path, capsys):
     assert run.last_lora == (8, folder / "loras" / "step-000008.safetensors")
 
 
+def test_the_finished_lora_may_be_an_earlier_one(tmp_path):
+    """With --final_lora best, the folder has the LoRA of state.json's lora_step, and loras/ has the last one."""
+    folder = make_run(tmp_path / "run", lora=True)
+    write_losses(folder, {0: 1.33, 2: 1.3, 4: 1.31, 6: 1.32})
+    (folder / "state.json").write_text('{"state": "finished", "step": 6, "lora_step": 2}')
+    keep_loras(folder, 6)
+    run = report.read_run(folder, "run")
+    assert run.last_lora == (6, folder / "loras" / "step-000006.safetensors")
+    assert run.kept_loras[2] == folder / report.LORA_FILE
+    best, line = list(report.last_and_best(run).items())[1]
+    assert best.startswith("Best LoRA: step 2, ") and line == report.load_line(folder / report.LORA_FILE)
+    assert report.load_line(folder) in report.use_command(run)
+    write_samples(folder, [sample("final", 2, 1.0, "a.mp4")])
+    assert "<th scope=row>step 2, finished</th>" in page_of(folder)
+
+
 def write_samples(folder: Path, rows: list[dict]) -> None:
     (folder / "samples").mkdir(exist_ok=True)
     for row in rows:

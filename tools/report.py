@@ -95,11 +95,17 @@ class TrainingRun:
         return self.state == "finished" or self.step >= (self.max_step or 0)
 
     @functools.cached_property
+    def finished_step(self) -> int:
+        """Return the step of the finished LoRA. With --final_lora best that may be an earlier one than the last."""
+        step = self.ended.get("lora_step")
+        return step if isinstance(step, int) else self.step
+
+    @functools.cached_property
     def kept_loras(self) -> dict[int, Path]:
         """Return what load_lora_weights takes of each step whose LoRA was kept."""
         kept = {int(path.name.split("-")[1]): path for path in self.checkpoints}
         if self.has_lora and self.is_trained:
-            kept[self.step] = self.folder / LORA_FILE
+            kept[self.finished_step] = self.folder / LORA_FILE
         for path in self.folder.glob("loras/step-*.safetensors"):
             number = path.stem.split("-", 1)[1]
             if number.isdecimal():
@@ -109,7 +115,8 @@ class TrainingRun:
     @functools.cached_property
     def last_lora(self) -> tuple[int, Path] | None:
         """Return the step of the last LoRA, and what load_lora_weights takes: of a finished LoRA the whole folder."""
-        if self.has_lora and (self.is_trained or not self.kept_loras):
+        is_finished = self.is_trained and self.finished_step == self.step
+        if self.has_lora and (is_finished or not self.kept_loras):
             return self.step, self.folder
         return max(self.kept_loras.items(), default=None)
 
@@ -395,9 +402,10 @@ def last_and_best(run: TrainingRun) -> dict[str, str]:
 
 
 def use_command(run: TrainingRun) -> str:
-    """Return Python that samples with the last LoRA."""
+    """Return Python that samples with the finished LoRA, or with the last one."""
     if run.last_lora is None:
         return ""
+    lora = run.folder if run.has_lora and run.is_trained else run.last_lora[1]
     args, prompts = run.args, [text for text, _ in run.prompts]
     pipeline, base = PIPELINES.get(run.kind, PIPELINES["text-to-video"]), args.get("pretrained_model_name_or_path")
     dtype = "float16" if run.settings.get("mixed_precision") == "fp16" else "bfloat16"
@@ -414,7 +422,7 @@ def use_command(run: TrainingRun) -> str:
         f"import torch\nfrom diffusers import {pipeline}\n"
         f"from diffusers.utils import export_to_video{', load_image' * has_image}\n\n"
         f"pipe = {pipeline}.from_pretrained({base or 'the base model'!r}, dtype=torch.{dtype})\n"
-        f"{load_line(run.last_lora[1])}\npipe.enable_model_cpu_offload()\npipe.vae.enable_tiling()\n"
+        f"{load_line(lora)}\npipe.enable_model_cpu_offload()\npipe.vae.enable_tiling()\n"
         f'video = pipe(\n{call}).frames[0]\nexport_to_video(video, "video.mp4", fps={args.get("fps") or 8})'
     )
 
@@ -713,10 +721,12 @@ def sample_grid(runs: list[TrainingRun], members: list[tuple[int, dict]], sample
         own[strength] = own.get(strength, "") + sample_cell(index, row, samples)
     columns = sorted(strengths, key=strengths.get)
     rows = []
-    for (index, step, is_last, lora), own in sorted(cells.items()):
+    for (index, step, is_final, lora), own in sorted(cells.items()):
         name = f"{runs[index].name}, " if len(runs) > 1 else ""
         name += f"step {step:g}" if step >= 0 else lora
-        rows.append([name + ", last" * is_last, *(Markup(own.get(strength, "")) for strength in columns)])
+        if is_final:
+            name += ", last" if step == runs[index].step else ", finished"
+        rows.append([name, *(Markup(own.get(strength, "")) for strength in columns)])
     return table(["", *(f"strength {strength}" for strength in columns)], rows, "samples")
 
 
