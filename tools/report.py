@@ -943,12 +943,15 @@ def wait_for_runs(folders: list[Path], seconds: int) -> None:
         time.sleep(seconds)
 
 
+def have_ended(runs: list[TrainingRun]) -> bool:
+    return all(run.state in ("finished", "stopped", "failed") for run in runs)
+
+
 def write_page(folders: list[Path], path: Path, reload_seconds: int | None = None) -> list[TrainingRun]:
     """Read the runs and write the page, complete or not at all; it is reloaded while a run is going."""
     runs = [read_run(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
-    is_over = all(run.state in ("finished", "stopped", "failed") for run in runs)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(page(runs, None if is_over else reload_seconds), encoding="utf-8")
+    partial.write_text(page(runs, None if have_ended(runs) else reload_seconds), encoding="utf-8")
     os.replace(partial, path)
     return runs
 
@@ -972,13 +975,13 @@ def main(argv: list[str] | None = None) -> None:
     print("\n".join(map(summary, runs)))
     print(f"\nReport        {path} ({size(path)}): open it in a browser", flush=True)
     try:
-        while args.watch and any(run.state in ("going", "silent") for run in runs):
+        while args.watch and not have_ended(runs):
             time.sleep(args.watch)
             runs = write_page(args.folders, path, args.watch)
             moment = datetime.datetime.now().strftime("%H:%M:%S")
             print(f"{moment} " + "; ".join(f"{run.name} {state_words(run)}" for run in runs), flush=True)
-        if args.watch:
-            print("\n".join(map(summary, runs)), flush=True)
+            if have_ended(runs):
+                print("\n".join(map(summary, runs)), flush=True)
     except KeyboardInterrupt:
         write_page(args.folders, path)
 
