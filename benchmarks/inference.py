@@ -18,7 +18,6 @@ import plan  # noqa: E402
 import torch  # noqa: E402
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel  # noqa: E402
 from peft import LoraConfig  # noqa: E402
-from transformers import T5Config, T5EncoderModel  # noqa: E402
 
 import train_cogvideox_lora as script  # noqa: E402
 
@@ -58,10 +57,7 @@ def denoising(name: str, dtype: torch.dtype, rank: int) -> tuple[plan.Cost, int]
 
 def text_encoding(name: str, dtype: torch.dtype) -> tuple[plan.Cost, int]:
     """Return the cost of encoding a prompt, and the bytes of T5's largest layer."""
-    text_encoder = plan.on_meta(lambda: T5EncoderModel(T5Config(**models.text_encoder_config(name))), dtype)
-    if dtype == torch.float16:  # transformers keeps these in fp32
-        for block in text_encoder.encoder.block:
-            block.layer[-1].DenseReluDense.wo.float()
+    text_encoder = plan.new_text_encoder(models.text_encoder_config(name), dtype)
     tokens = torch.zeros(1, 226, dtype=torch.int64, device="meta")
     return plan.count(script, [text_encoder], lambda: text_encoder(tokens)), largest_layer(text_encoder)
 

@@ -488,12 +488,18 @@ def new_vae(args: Namespace, vae_config: dict, dtype: torch.dtype) -> Autoencode
     return vae
 
 
-def prompt_cost(script: ModuleType, configs: dict, dtype: torch.dtype, is_on_host: bool) -> Cost:
-    """Of a prompt, with the whole text encoder on the device or with two of its blocks."""
-    text_encoder = on_meta(lambda: T5EncoderModel(T5Config(**configs["text_encoder"])), dtype)
+def new_text_encoder(config: dict, dtype: torch.dtype) -> T5EncoderModel:
+    """Return T5 without values, in the dtypes in which transformers loads it."""
+    text_encoder = on_meta(lambda: T5EncoderModel(T5Config(**config)), dtype)
     if dtype == torch.float16:  # transformers keeps these in fp32
         for block in text_encoder.encoder.block:
             block.layer[-1].DenseReluDense.wo.float()
+    return text_encoder
+
+
+def prompt_cost(script: ModuleType, configs: dict, dtype: torch.dtype, is_on_host: bool) -> Cost:
+    """Of a prompt, with the whole text encoder on the device or with two of its blocks."""
+    text_encoder = new_text_encoder(configs["text_encoder"], dtype)
     tokens = torch.zeros(1, configs["transformer"]["max_text_seq_length"], dtype=torch.int64, device="meta")
     loaded = sum(parameter.nbytes for parameter in text_encoder.parameters())
     models = [text_encoder]
