@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from conftest import word_list
 from diffusers import CogVideoXPipeline
 from safetensors.torch import load_file
 
@@ -113,13 +114,9 @@ def test_best_without_held_out_clips_is_refused(script, run):
     ],
 )
 def test_settings_that_hardly_work_are_a_warning(script, flags, warning, caplog):
-    args = script.get_args(["--pretrained_model_name_or_path", "m", *words_of(flags)])
+    args = script.get_args(["--pretrained_model_name_or_path", "m", *word_list(flags)])
     script.warn_of_settings(args, args.max_train_steps or 100)
     assert [record.getMessage()[: len(warning)] for record in caplog.records] == [warning]
-
-
-def words_of(flags: dict) -> list[str]:
-    return [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
 
 
 def test_usual_settings_are_no_warning(script, run, caplog):
