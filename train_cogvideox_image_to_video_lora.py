@@ -3353,10 +3353,7 @@ def run_validation(run: Run, is_final: bool = False) -> list[tuple[str, Path]]:
                 pipe.set_progress_bar_config(desc=label, disable=is_hidden, leave=False)
                 if is_hidden:
                     logger.info(f"{label} at step {run.step}")
-                pipeline_args = {**sampling_settings(args), **inputs[index], "prompt": None}
-                for name, prompt in (("prompt_embeds", inputs[index]["prompt"]), ("negative_prompt_embeds", "")):
-                    embeds = load_file(run.prompt_files[prompt])["prompt_embeds"]  # [S, D]
-                    pipeline_args[name] = embeds[None].to(accelerator.device)  # [1, S, D]
+                pipeline_args = pipeline_inputs(args, inputs[index], run.prompt_files, accelerator.device)
                 pipeline_args["callback_on_step_end"] = run.stop.end_sampling
                 files = validation_files(args, run.step, is_final, index)
                 log_validation(pipe, args, accelerator, pipeline_args, run.epoch, is_final, files)
@@ -3408,6 +3405,18 @@ def log_validation(
     if files is None and accelerator.is_main_process:
         send_videos(accelerator, paths, pipeline_args.get("prompt"), epoch)
     return videos
+
+
+def pipeline_inputs(
+    args: Namespace, sampled_from: dict, prompt_files: dict[str, Path], device: torch.device
+) -> dict:
+    """Return the pipeline's arguments for one of `validation_inputs`, with its prompt and the empty one as embeddings
+    [1, S, D] from `prompt_files`."""
+    inputs = {**sampling_settings(args), **sampled_from, "prompt": None}
+    for name, prompt in (("prompt_embeds", sampled_from["prompt"]), ("negative_prompt_embeds", "")):
+        embeds = load_file(prompt_files[prompt])["prompt_embeds"]  # [S, D]
+        inputs[name] = embeds[None].to(device)  # [1, S, D]
+    return inputs
 
 
 def sampling_settings(args: Namespace) -> dict:

@@ -140,7 +140,7 @@ def sample(script: ModuleType, args: Namespace, own: Namespace) -> list[Path]:
     prompts = [each["prompt"] for each in inputs]
     num_tokens = transformer_config["max_text_seq_length"]
     script.precompute_folder(args).mkdir(parents=True, exist_ok=True)
-    embeds_of = script.precompute_prompts(args, accelerator, [*prompts, ""], num_tokens)
+    prompt_files = script.precompute_prompts(args, accelerator, [*prompts, ""], num_tokens)
     pipe = load_pipeline(script, args, accelerator, next(iter(loras.values()))[1])
     folder = own.folder / "samples"
     folder.mkdir(exist_ok=True)
@@ -149,10 +149,7 @@ def sample(script: ModuleType, args: Namespace, own: Namespace) -> list[Path]:
     for (name, (step, path)), strength in itertools.product(loras.items(), own.strengths):
         set_lora(script, pipe.transformer, path, strength)
         for (each, image), seed in itertools.product(zip(inputs, images, strict=True), own.seeds):
-            pipeline_args = {**script.sampling_settings(args), **each, "prompt": None}
-            for keyword, prompt in (("prompt_embeds", each["prompt"]), ("negative_prompt_embeds", "")):
-                embeds = script.load_file(embeds_of[prompt])["prompt_embeds"]  # [S, D]
-                pipeline_args[keyword] = embeds[None].to(accelerator.device)  # [1, S, D]
+            pipeline_args = script.pipeline_inputs(args, each, prompt_files, accelerator.device)
             shown = hashlib.sha256(f"{each['prompt']}\0{image}".encode()).hexdigest()[:8]
             file = folder / f"{name}_strength-{strength:g}_seed-{seed}_{shown}.mp4"
             label = f"Sampling {len(files) + 1} of {number}"
