@@ -96,11 +96,15 @@ def find_loras(script: ModuleType, folder: Path, steps: list[int] | None) -> dic
     return found
 
 
-def set_lora(script: ModuleType, transformer, path: Path, strength: float) -> None:
-    """Put a LoRA's file into the transformer's layers, with this strength."""
+def load_lora(script: ModuleType, transformer, path: Path) -> None:
+    """Put a LoRA's file into the transformer's layers. At strength 1 they apply it as it was trained."""
     about = script.open_lora(str(path))[1]
     alpha = about["lora_alpha"] or about["rank"]
     script.load_lora(transformer, path, alpha / about["rank"])
+
+
+def set_strength(script: ModuleType, transformer, strength: float) -> None:
+    """Have the transformer's layers apply their LoRA with this strength."""
     for layer in transformer.modules():
         if isinstance(layer, script.LoraLinear):
             layer.scale = strength
@@ -145,10 +149,12 @@ def sample(script: ModuleType, args: Namespace, own: Namespace) -> list[Path]:
     folder = own.folder / "samples"
     folder.mkdir(exist_ok=True)
     files = []
-    number = len(loras) * len(own.strengths) * len(prompts) * len(own.seeds)
-    for (name, (step, path)), strength in itertools.product(loras.items(), own.strengths):
-        set_lora(script, pipe.transformer, path, strength)
-        for (each, image), seed in itertools.product(zip(inputs, images, strict=True), own.seeds):
+    wanted = list(itertools.product(own.strengths, zip(inputs, images, strict=True), own.seeds))
+    number = len(loras) * len(wanted)
+    for name, (step, path) in loras.items():
+        load_lora(script, pipe.transformer, path)
+        for strength, (each, image), seed in wanted:
+            set_strength(script, pipe.transformer, strength)
             pipeline_args = script.pipeline_inputs(args, each, prompt_files, accelerator.device)
             shown = hashlib.sha256(f"{each['prompt']}\0{image}".encode()).hexdigest()[:8]
             file = folder / f"{name}_strength-{strength:g}_seed-{seed}_{shown}.mp4"
